@@ -1,0 +1,21 @@
+"""The models. Importing this registers them with timm."""
+
+from .backbone import EtMamba
+from .convert import checkpoint_filter_fn
+from .etmamba import (
+    VARIANTS,
+    etmamba_m,
+    etmamba_m_ebs,
+    etmamba_s,
+    etmamba_s_ebs,
+    etmamba_ti,
+    etmamba_ti_ebs,
+    videomamba_m,
+    videomamba_m_stfp,
+    videomamba_s,
+    videomamba_s_stfp,
+    videomamba_ti,
+    videomamba_ti_stfp,
+)
+
+__all__ = ["VARIANTS", "EtMamba", "checkpoint_filter_fn", *VARIANTS]

@@ -1,0 +1,128 @@
+"""A video file as FFmpeg sees it: opening it, its packets, its decoded frames, and what can be wrong with it."""
+
+import logging
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.video.stream import VideoStream
+
+_logger = logging.getLogger(__name__)
+
+_ATTACHED_PICTURE = 0x400  # FFmpeg's mark of a cover, as music files have one
+_FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")  # what an mp4 or mov may begin with
+
+
+class VideoError(ValueError):
+    """Something is wrong with a video file; the message names the file, the trouble and a remedy."""
+
+
+def check_file(path: Path) -> None:
+    """Raise VideoError for what is no video at first sight.
+
+    FFmpeg would draw a text as pictures, and would open whatever files and addresses a playlist names.
+    """
+    if path.is_dir():
+        raise VideoError(f"{path}: is a directory; name one video file in it")
+    try:
+        with path.open("rb") as file:
+            head = file.read(1024)
+    except FileNotFoundError:
+        raise VideoError(f"{path}: no such file; check the path") from None
+    except OSError as error:
+        raise VideoError(f"{path}: cannot be opened ({error.strerror}); check the path and its permissions") from error
+    if not head:
+        raise VideoError(f"{path}: the file is empty; copy or download it again")
+    if not any(byte < 32 and byte not in b"\t\n\v\f\r\b\x1b" for byte in head):
+        raise VideoError(f"{path}: is a text file, not a video; name a video file, for instance an mp4, webm or avi")
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The open file and its first video stream that is not a cover."""
+    try:
+        # The absolute path, so that `a:b.mp4` is not taken for an address.
+        container = av.open(str(path.absolute()), metadata_errors="replace")
+    except av.FFmpegError as error:
+        raise VideoError(
+            f"{path}: cannot be read as a video ({error.strerror}); it looks truncated or damaged, or its format is "
+            "unknown: copy or download it again, or convert it with ffmpeg"
+        ) from error
+    with container:
+        streams = list(container.streams.video)
+        streams = [stream for stream in streams if not int(getattr(stream, "disposition", 0)) & _ATTACHED_PICTURE]
+        if not streams:
+            kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
+            raise VideoError(f"{path}: has no video stream (it holds {kinds}); name a file with pictures")
+        if streams[0].codec_context is None:
+            raise VideoError(f"{path}: there is no decoder for its video stream; convert it to h264 with ffmpeg")
+        streams[0].thread_type = "AUTO"
+        yield container, streams[0]
+
+
+def packets_of(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
+    """The stream's packets, as far as the file can be read."""
+    try:
+        yield from (packet for packet in container.demux(stream) if packet.size)
+    except av.FFmpegError as error:
+        _logger.debug("reading packets ends: %s", error)
+
+
+def packets_from(container: InputContainer, stream: VideoStream, time: int) -> Iterator[av.Packet] | None:
+    """The packets from the keyframe shown at `time` (in ticks of the stream), or an earlier one, on.
+
+    None if the file cannot be entered there.
+    """
+    try:
+        container.seek(time, stream=stream)
+    except av.FFmpegError:
+        return None
+    packets = packets_of(container, stream)
+    first = next(packets, None)
+    if first is None or not first.is_keyframe or first.pts is None or first.pts > time:
+        return None
+    return chain([first], packets)
+
+
+def decode(packets: Iterable[av.Packet], stream: VideoStream) -> Iterator[av.VideoFrame]:
+    """The frames in these packets, in the order of showing, without those that cannot be decoded."""
+    for packet in chain(packets, [None]):  # None: give out what is held back
+        try:
+            frames = stream.codec_context.decode(packet)
+        except av.FFmpegError as error:
+            _logger.debug("a packet cannot be decoded: %s", error)
+        else:
+            yield from frames
+
+
+def is_hidden(packet: av.Packet, stream: VideoStream) -> bool:
+    """Whether a packet holds no frame to show: cut away by an edit list, or only referred to (RFC 6386, 9.1)."""
+    return packet.is_discard or (stream.codec_context.name == "vp8" and not bytes(packet)[0] & 0x10)
+
+
+def rotation_of(frame: av.VideoFrame) -> int:
+    """How far a frame is to be turned clockwise: 0, 90, 180 or 270 degrees."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return 0
+    a, b = np.frombuffer(matrix, dtype=np.int32)[:2].tolist()  # (x, y) is shown at (a·x + c·y, b·x + d·y)
+    return round(math.degrees(math.atan2(b, a)) / 90) * 90 % 360
+
+
+def is_cut_off(path: Path) -> bool:
+    """Whether an mp4 ends before its last box does (ISO 14496-12, 4.2). Of other formats it cannot be told: False."""
+    size, end = path.stat().st_size, 0
+    with path.open("rb") as file:
+        while end < size:
+            file.seek(end)
+            head = file.read(16)
+            length = int.from_bytes(head[8:16] if head[:4] == b"\0\0\0\1" else head[:4], "big")
+            if length < 8 or (end == 0 and head[4:8] not in _FIRST_BOXES):  # length 0: up to the end of the file
+                return False
+            end += length
+    return end > size

@@ -1,0 +1,100 @@
+"""From frames to the float clips a model takes: resize, crop, normalise."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_model_data_config
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
+
+_INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """The transform for evaluation; calling it cuts one or three views out of a clip.
+
+    Frames are resized, with antialiasing and keeping their aspect ratio, so that they just cover `size / crop_pct`: for
+    a square size, the short side becomes that long. Views of `size` are then cut out, scaled to 0 ... 1 and normalised.
+
+    Attributes:
+        size: (height, width) of a view, in pixels.
+        mean, std: one value for each channel, of pictures in 0 ... 1; three for RGB, one for luminance.
+        interpolation: "bilinear", "bicubic" or "nearest".
+        crop_pct: share of the resized frame's short side that a view covers, above 0 up to 1.
+    """
+
+    size: tuple[int, int] = (224, 224)
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+    interpolation: str = "bilinear"
+    crop_pct: float = 1.0
+
+    def __post_init__(self) -> None:
+        if len(self.size) != 2 or min(self.size) < 1:
+            raise ValueError(f"size is {self.size}; give (height, width) in pixels, each 1 or more")
+        if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean):
+            raise ValueError(
+                f"mean has {len(self.mean)} values and std {len(self.std)}; give each 3 (RGB) or each 1 (luminance)"
+            )
+        if min(self.std) <= 0:
+            raise ValueError(f"std is {self.std}; every value must be above 0, use 1 to leave the scale alone")
+        if self.interpolation not in _INTERPOLATIONS:
+            raise ValueError(f"interpolation is {self.interpolation!r}; choose one of {', '.join(_INTERPOLATIONS)}")
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct is {self.crop_pct}; it must be above 0 and at most 1, which crops least")
+
+    @classmethod
+    def from_model(cls, model: nn.Module, **overrides) -> "EvalTransform":
+        """The transform that a timm model's `pretrained_cfg` asks for; `overrides` are fields of this class.
+
+        For a model of one channel (its `in_chans`, else the cfg's), three values of mean and std are averaged.
+        """
+        cfg = resolve_model_data_config(model)
+        channels = getattr(model, "in_chans", cfg["input_size"][0])
+        if channels not in (1, 3):
+            raise ValueError(f"the model takes {channels} channels; frames can be given as 3 (RGB) or 1 (luminance)")
+        mean, std = (
+            (sum(cfg[key]) / len(cfg[key]),) if channels == 1 else tuple(cfg[key]) for key in ("mean", "std")
+        )
+        return replace(cls(tuple(cfg["input_size"][1:]), mean, std, cfg["interpolation"], cfg["crop_pct"]), **overrides)
+
+    def __call__(self, frames: Tensor, num_crops: int = 1) -> Tensor:
+        """Cut views out of a clip.
+
+        Args:
+            frames: uint8 [T, H, W, 3] RGB.
+            num_crops: 1, the centre; or 3: start, centre and end of the side along which more is left over.
+
+        Returns:
+            float32 [num_crops, C, T, h, w], with C the number of values in `mean`.
+        """
+        if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.numel():
+            raise ValueError(
+                f"frames are {frames.dtype} {list(frames.shape)}; give uint8 [T, H, W, 3] RGB, as a VideoReader reads them"
+            )
+        if num_crops not in (1, 3):
+            raise ValueError(f"num_crops is {num_crops}; use 1 (centre) or 3 (start, centre, end)")
+        height, width = self.size
+        clip = frames.permute(0, 3, 1, 2)  # [T, H, W, 3] -> [T, 3, H, W], in memory as it was: resizing is quick so
+        mode = InterpolationMode(self.interpolation)
+        clip = functional.resize(clip, self._covering(*clip.shape[-2:]), interpolation=mode, antialias=True)
+        free_y, free_x = clip.shape[-2] - height, clip.shape[-1] - width
+        y, x = round(free_y / 2), round(free_x / 2)
+        corners = [(y, x)]
+        if num_crops == 3:
+            corners = [(y, 0), (y, x), (y, free_x)] if free_x >= free_y else [(0, x), (y, x), (free_y, x)]
+        views = torch.stack([clip[..., y : y + height, x : x + width] for y, x in corners])  # [crops, T, 3, h, w]
+        if len(self.mean) == 1:
+            views = functional.rgb_to_grayscale(views)
+        views = views.transpose(1, 2).contiguous().float().div_(255)  # -> [crops, C, T, h, w]
+        mean, std = (views.new_tensor(values).view(-1, 1, 1, 1) for values in (self.mean, self.std))
+        return views.sub_(mean).div_(std)
+
+    def _covering(self, height: int, width: int) -> list[int]:
+        """The size, of a height×width picture's aspect ratio, that just covers `size / crop_pct`."""
+        least_height, least_width = (int(side / self.crop_pct) for side in self.size)
+        if height * least_width <= width * least_height:
+            return [least_height, width * least_height // height]
+        return [height * least_width // width, least_width]

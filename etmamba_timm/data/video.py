@@ -1,0 +1,208 @@
+"""Frames of a video file by their number, decoding no more than must be.
+
+A pass over the packets, without decoding them, gives every frame's time and so its number, also where the frame rate
+varies. To read, the file is entered at the keyframe before the first wanted frame and decoded from there; where the
+next wanted frame lies behind a later keyframe, the way between is skipped. Frames are known by their times; a file that
+does not tell them reliably is decoded from its start and its frames are counted: slower, never wrong.
+"""
+
+import logging
+from bisect import bisect_left, bisect_right
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from operator import index as as_index
+from operator import itemgetter
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import ffmpeg
+from .ffmpeg import VideoError
+
+_logger = logging.getLogger(__name__)
+
+_TIMED = ("mov", "matroska", "flv")  # containers that store when each frame is shown; elsewhere it is worked out
+_NEAR = 12  # frames that are decoded sooner than skipped
+_LATE = 16  # frames by which a decoder may be late; a wanted frame that is later is lost
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video file holds.
+
+    Attributes:
+        path: the file.
+        num_frames: frames that can be asked for.
+        height, width: of a frame as shown, i.e. turned, in pixels.
+        rotation: how far the stored frames are turned clockwise to be shown: 0, 90, 180 or 270 degrees.
+        fps: frames a second, on average; 0 if the file does not tell.
+        duration: seconds; 0 if the file does not tell.
+    """
+
+    path: Path
+    num_frames: int
+    height: int
+    width: int
+    rotation: int
+    fps: float
+    duration: float
+
+
+class VideoReader:
+    """Reads frames of the video file at `path`; `info` says what it holds.
+
+    It keeps the file's index but not the file open: it needs no closing and can be pickled. Of several video streams it
+    reads the first. A frame that cannot be decoded is replaced by the nearest earlier one that can (by a later one, if
+    there is none); what a decoder patches up itself counts as decoded. One warning for each reader tells of such
+    frames, or that an mp4 is cut off and only its first part can be read. Mirroring and non-square pixels are ignored.
+
+    Raises:
+        VideoError: there is no such file, it is empty, cut off or no video, or none of its frames can be decoded.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._warned = False
+        ffmpeg.check_file(self.path)
+        with ffmpeg.opened(self.path) as (container, stream):
+            packets = (packet for packet in ffmpeg.packets_of(container, stream) if not ffmpeg.is_hidden(packet, stream))
+            shown = [(packet.pts, packet.is_keyframe) for packet in packets]
+            timed = container.format.name.startswith(_TIMED)
+            tick = float(stream.time_base or 0)
+            rate = float(stream.average_rate or stream.guessed_rate or 0)
+        count, times = len(shown), {time for time, _ in shown}
+
+        # The first frame tells size and rotation. Where times are in doubt, all frames must be seen to keep them.
+        frames = self._frames()
+        first = next(frames, None)
+        if first is None:
+            raise VideoError(
+                f"{self.path}: none of its {count} frames can be decoded; it looks damaged: copy or download it again"
+            )
+        known = None not in times and len(times) == count
+        if not (known and timed):
+            seen = [first.pts, *(frame.pts for frame in frames)]
+            if not (known and times.issuperset(seen) and seen == sorted(seen)):
+                known, count = False, len(seen)
+
+        self._times = sorted(times) if known else None  # of each frame; None: frames are counted instead
+        self._keys = [0]  # numbers of the frames that decoding can start from
+        if known:
+            self._keys = sorted({0} | {bisect_left(self._times, time) for time, is_key in shown if is_key})
+            span = (self._times[-1] - self._times[0]) * tick
+            rate = (count - 1) / span if span else rate
+        turn = ffmpeg.rotation_of(first)
+        height, width = (first.width, first.height) if turn % 180 else (first.height, first.width)
+        self.info = VideoInfo(self.path, count, height, width, turn, rate, count / rate if rate else 0.0)
+        if ffmpeg.is_cut_off(self.path):
+            self._warn(f"the file is cut off; only its first {count} frames can be read")
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """The frames of these numbers, in any order, also repeated: uint8 [T, H, W, 3] RGB.
+
+        Raises:
+            IndexError: a number is not in 0 ... num_frames - 1.
+        """
+        info, indices = self.info, [as_index(i) for i in indices]
+        wanted = sorted(set(indices))
+        if wanted and not 0 <= wanted[0] <= wanted[-1] < info.num_frames:
+            raise IndexError(
+                f"{self.path}: frames {wanted[0]} to {wanted[-1]} are wanted; choose from 0 to {info.num_frames - 1}"
+            )
+        rows = {number: row for row, number in enumerate(wanted)}
+        pictures = np.empty((len(wanted), info.height, info.width, 3), dtype=np.uint8)
+        lost = self._read_exactly(rows, pictures)
+        for number in lost:  # ascending, so that the row before is filled
+            row = rows[number]
+            frame = self._stand_in(number, known=wanted[row - 1] if row else -1)
+            pictures[row] = pictures[row - 1] if frame is None else self._picture(frame)
+        if lost:
+            self._warn(f"{len(lost)} of {len(wanted)} wanted frames cannot be decoded; the nearest ones stand in")
+        result = torch.from_numpy(pictures)
+        return result if indices == wanted else result[[rows[i] for i in indices]]
+
+    def _read_exactly(self, rows: dict[int, int], pictures: np.ndarray) -> list[int]:
+        """Fill `pictures[row]` for each of `{number: row}`, ascending; return the numbers that are not to be had."""
+        todo, lost = deque(rows), []
+        while todo:
+            start = self._key_before(todo[0])
+            for number, frame in self._numbered(start):
+                if number in todo:
+                    pictures[rows[number]] = self._picture(frame)
+                    todo.remove(number)
+                while todo and todo[0] < number - _LATE:
+                    lost.append(todo.popleft())
+                if not todo or self._key_before(todo[0]) > max(start, number + _NEAR):
+                    break  # done, or the next one is had sooner from a later keyframe
+            else:
+                lost += todo
+                todo.clear()
+        return lost
+
+    def _stand_in(self, number: int, known: int) -> av.VideoFrame | None:
+        """The decodable frame nearest before `number`, else after it; None: frame `known` before it is as near."""
+        start, end = self._key_before(number), number
+        while True:
+            frames = takewhile(lambda item, end=end: item[0] < end, self._numbered(start))
+            last = max((item for item in frames if item[0] >= start), key=itemgetter(0), default=None)
+            if last is not None and last[0] > known:
+                return last[1]
+            if start <= known:
+                return None
+            if start == 0:
+                break
+            start, end = self._key_before(start - 1), start
+        return next(frame for i, frame in self._numbered(self._key_before(number)) if i > number)
+
+    def _key_before(self, number: int) -> int:
+        """The last frame, up to `number`, that decoding can start from."""
+        return self._keys[bisect_right(self._keys, number) - 1]
+
+    def _numbered(self, start: int) -> Iterator[tuple[int, av.VideoFrame]]:
+        """The decodable frames with their numbers, from keyframe `start` or an earlier one on."""
+        for count, frame in enumerate(self._frames(start)):
+            if self._times is None:
+                yield count, frame
+            elif frame.pts is not None:
+                number = bisect_left(self._times, frame.pts)
+                if number < len(self._times) and self._times[number] == frame.pts:
+                    yield number, frame
+
+    def _frames(self, start: int = 0) -> Iterator[av.VideoFrame]:
+        """The decodable frames in the order of showing, from keyframe `start` or an earlier one on."""
+        with ffmpeg.opened(self.path) as (container, stream):
+            if start:
+                packets = ffmpeg.packets_from(container, stream, self._times[start])
+            else:
+                packets = ffmpeg.packets_of(container, stream)
+            if packets is not None:
+                yield from ffmpeg.decode(packets, stream)
+                return
+        yield from self._frames()  # the file cannot be entered there
+
+    def _picture(self, frame: av.VideoFrame) -> np.ndarray:
+        """A frame as shown: uint8 [H, W, 3] RGB. Should frames differ in size, the first one's holds."""
+        height, width, turn = self.info.height, self.info.width, self.info.rotation
+        if turn % 180:
+            height, width = width, height
+        return np.rot90(frame.to_ndarray(format="rgb24", height=height, width=width), -turn // 90)
+
+    def _warn(self, message: str) -> None:
+        if not self._warned:
+            _logger.warning("%s: %s", self.path, message)
+        self._warned = True
+
+
+def probe(path: str | Path) -> VideoInfo:
+    """What the video file at `path` holds; raises VideoError as VideoReader does."""
+    return VideoReader(path).info
+
+
+def read_frames(path: str | Path, indices: Sequence[int]) -> Tensor:
+    """Frames of the video file at `path` by number, as VideoReader reads them: uint8 [T, H, W, 3] RGB."""
+    return VideoReader(path).read(indices)

@@ -1,0 +1,59 @@
+"""The plain pre-norm residual block around a mixer: rows (a) to (c) of the paper's ablation."""
+
+from timm.layers import DropPath
+from timm.models import register_notrace_module
+from torch import Tensor, nn
+
+from .bimamba import BiMamba
+from .ebs import Ebs
+from .norm import LayerNorm, RmsNorm
+
+
+class MixerBlock(nn.Module):
+    """`X ← X + DropPath(Mixer(Norm(X)))`; a subclass names the norm and the mixer.
+
+    Args:
+        dim: token width D.
+        drop_path: rate of stochastic depth.
+        depth, d_state, expand, d_conv: see the mixer.
+    """
+
+    norm_layer: type[nn.Module]
+    mixer_layer: type[nn.Module]
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int = 1,
+        d_state: int = 16,
+        expand: int = 2,
+        d_conv: int = 4,
+        drop_path: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.norm = self.norm_layer(dim, **dd)
+        self.mixer = self.mixer_layer(dim, depth, d_state, expand, d_conv, **dd)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """x: tokens [B, 1 + t·h·w, D], class token first; grid (t, h, w), which these blocks don't need."""
+        return x + self.drop_path(self.mixer(self.norm(x)))
+
+
+@register_notrace_module
+class EbsBlock(MixerBlock):
+    """EBS alone: row (c)."""
+
+    norm_layer = LayerNorm
+    mixer_layer = Ebs
+
+
+@register_notrace_module
+class BiMambaBlock(MixerBlock):
+    """VideoMamba's block: rows (a) and (b)."""
+
+    norm_layer = RmsNorm
+    mixer_layer = BiMamba

@@ -1,0 +1,61 @@
+"""EBS, the Efficient Bidirectional Sharing mixer (paper 3.3)."""
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import bidirectional_scan
+from .ssm import dt_rank, init_dt, new_A_log, short_conv, ssm
+
+
+class Ebs(nn.Module):
+    """A bidirectional Mamba mixer whose two directions share everything but their projections.
+
+    `EBS = Lin_out(SSM_s(u_F) ⊗ SiLU(Fz) + SSM_s(u_B) ⊗ SiLU(Bz))` with `u_d = SiLU(Conv_s(PW_s(dx)))`. For the
+    backward direction the convolution and the SSM run over the tokens in reverse order.
+
+    Args:
+        dim: token width D.
+        depth: blocks in the model; the output projection starts divided by √depth.
+        d_state: state size of the SSM.
+        expand: width of both directions together, in D; each has E = expand·D/2.
+        d_conv: width of the short causal convolution; 0 leaves it out.
+    """
+
+    def __init__(
+        self, dim: int, depth: int = 1, d_state: int = 16, expand: int = 2, d_conv: int = 4, device=None, dtype=None
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        if expand * dim % 2:
+            raise ValueError(f"expand·embed_dim is {expand * dim}; it must be even: half of it goes each direction")
+        d_inner = expand * dim // 2
+        rank = dt_rank(dim)
+        self.depth = depth
+        self.in_proj = nn.Linear(dim, 4 * d_inner, **dd)  # Fx, Bx, Fz, Bz
+        self.pw = nn.Linear(d_inner, d_inner, **dd)
+        self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, **dd) if d_conv else None
+        self.x_proj = nn.Linear(d_inner, rank + 2 * d_state, bias=False, **dd)
+        self.dt_proj = nn.Linear(rank, d_inner, **dd)
+        self.A_log = new_A_log(d_inner, d_state, **dd)
+        self.D = nn.Parameter(torch.ones(d_inner, **dd))
+        self.out_proj = nn.Linear(d_inner, dim, **dd)
+
+    def init_weights(self) -> None:
+        """Mamba's Δ; the output projection divided by √depth. After the linear layers' own initialisation."""
+        init_dt(self.dt_proj)
+        with torch.no_grad():
+            self.out_proj.weight.div_(self.depth**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: normalised tokens [B, N, D] -> [B, N, D]."""
+        forward_x, backward_x, forward_z, backward_z = self.in_proj(x).chunk(4, dim=-1)  # each [B, N, E]
+        u = torch.cat(  # [2B, N, E]: the forward rows, then the backward rows
+            [
+                short_conv(self.pw(forward_x), self.conv1d),
+                short_conv(self.pw(backward_x), self.conv1d, reverse=True),
+            ]
+        )
+        z = torch.cat([forward_z, backward_z])
+        y = ssm(bidirectional_scan, u, z, self.x_proj, self.dt_proj, self.A_log, self.D)
+        y_forward, y_backward = y.chunk(2)
+        return self.out_proj(y_forward + y_backward)

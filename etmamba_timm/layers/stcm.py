@@ -1,0 +1,77 @@
+"""STCM, the Spatiotemporal Collaborative Modulation block (paper 3.4): EBS beside multi-scale dilated convolutions."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from timm.models import register_notrace_module
+from torch import Tensor, nn
+
+from .ebs import Ebs
+from .norm import LayerNorm
+
+
+class LocalBranch(nn.Module):
+    """Local spatial features at four scales, within each frame.
+
+    `X' = PW(X̂)`, `Xc = concat(DC3(X'), DC5(X'), DC7(X'), X')`, `LN(SiLU(Xc) + X)`; the convolutions are depthwise
+    of kernel 3, 5, 7 with dilation 1, 2, 3. The class token has no neighbours: its SiLU(Xc) is 0.
+    """
+
+    def __init__(self, dim: int, device=None, dtype=None) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        if dim % 4:
+            raise ValueError(f"embed_dim is {dim}; the 'stcm' block needs a multiple of 4")
+        width = dim // 4
+        self.proj = nn.Linear(dim, width, **dd)
+        self.conv3 = nn.Conv2d(width, width, 3, padding=1, dilation=1, groups=width, **dd)
+        self.conv5 = nn.Conv2d(width, width, 5, padding=4, dilation=2, groups=width, **dd)
+        self.conv7 = nn.Conv2d(width, width, 7, padding=9, dilation=3, groups=width, **dd)
+        self.norm = LayerNorm(dim, **dd)
+
+    def forward(self, x_norm: Tensor, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """x_norm, x: tokens [B, 1 + t·h·w, D], normalised and not, class token first -> [B, 1 + t·h·w, D]."""
+        t, h, w = grid
+        patches = self.proj(x_norm[:, 1:])  # [B, t·h·w, D/4]
+        frames = patches.reshape(-1, h, w, patches.shape[-1]).permute(0, 3, 1, 2)  # -> [B·t, D/4, h, w]
+        scales = torch.cat([self.conv3(frames), self.conv5(frames), self.conv7(frames), frames], dim=1)
+        local = F.silu(scales).permute(0, 2, 3, 1).reshape(x.shape[0], t * h * w, -1)  # -> [B, t·h·w, D]
+        return self.norm(torch.cat([x[:, :1], local + x[:, 1:]], dim=1))
+
+
+@register_notrace_module
+class StcmBlock(nn.Module):
+    """`X ← X + DropPath(Fuse(concat[EBS(X̂), local(X̂, X)]))` with X̂ = LN(X). Arguments as in `Ebs`."""
+
+    norm_layer = LayerNorm  # the model's final norm is of the same kind
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int = 1,
+        d_state: int = 16,
+        expand: int = 2,
+        d_conv: int = 4,
+        drop_path: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.depth = depth
+        self.norm = LayerNorm(dim, **dd)
+        self.mixer = Ebs(dim, depth, d_state, expand, d_conv, **dd)
+        self.local = LocalBranch(dim, **dd)
+        self.fuse = nn.Linear(2 * dim, dim, **dd)
+        self.drop_path = DropPath(drop_path)
+
+    def init_weights(self) -> None:
+        """The fusion divided by √depth. After the linear layers' own initialisation."""
+        with torch.no_grad():
+            self.fuse.weight.div_(self.depth**0.5)
+
+    def forward(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """x: tokens [B, 1 + t·h·w, D], class token first; grid (t, h, w) -> [B, 1 + t·h·w, D]."""
+        x_norm = self.norm(x)
+        both = torch.cat([self.mixer(x_norm), self.local(x_norm, x, grid)], dim=-1)  # [B, 1 + t·h·w, 2D]
+        return x + self.drop_path(self.fuse(both))

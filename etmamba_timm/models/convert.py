@@ -1,0 +1,79 @@
+"""State dicts of other origins and shapes -> ours: pure functions, used when weights load."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..layers import resample_spatial, resample_temporal
+
+WRAPPERS = ("model", "module", "state_dict")
+
+
+def from_videomamba(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """VideoMamba's names -> ours; a state dict that has ours already comes back as it is.
+
+    `layers.` becomes `blocks.` and `norm_f.` becomes `norm.`; all else is called the same. A dict around the state
+    dict (`model`, `module`), or one of these before every key, is taken off. A 2-D patch weight [D, C, p, p] becomes
+    [D, C, 1, p, p].
+    """
+    out = {}
+    for key, value in unwrap(state_dict).items():
+        if key.startswith("layers."):
+            key = "blocks." + key.removeprefix("layers.")
+        elif key.startswith("norm_f."):
+            key = "norm." + key.removeprefix("norm_f.")
+        if key == "patch_embed.proj.weight" and value.ndim == 4:
+            value = value.unsqueeze(2)
+        out[key] = value
+    return out
+
+
+def unwrap(state_dict: Mapping) -> Mapping[str, Tensor]:
+    """Takes off what wraps a state dict: a dict with one of `WRAPPERS` as key, or one of them before every key."""
+    for name in WRAPPERS:
+        inner = state_dict.get(name)
+        if isinstance(inner, Mapping):
+            return unwrap(inner)
+        if state_dict and all(key.startswith(name + ".") for key in state_dict):
+            return unwrap({key.removeprefix(name + "."): value for key, value in state_dict.items()})
+    return state_dict
+
+
+def adapt_in_chans(weight: Tensor, in_chans: int) -> Tensor:
+    """Patch weight [D, C, 1, p, p] for another number of channels, by timm's rule.
+
+    The sum over channels for one; else the channels repeated in turn and rescaled by C / in_chans.
+    """
+    channels = weight.shape[1]
+    if in_chans == channels:
+        return weight
+    if in_chans == 1:
+        return weight.sum(1, keepdim=True)
+    return weight[:, torch.arange(in_chans) % channels] * (channels / in_chans)
+
+
+def checkpoint_filter_fn(state_dict: Mapping, model) -> dict[str, Tensor]:
+    """timm's hook between a checkpoint and `load_state_dict`: names, channels and positions made to fit `model`.
+
+    A square position grid is assumed where the checkpoint's differs from the model's. An image checkpoint has no
+    temporal embedding; the model's own stays, as VideoMamba does. The stem is left as it is drawn where channels
+    differ, and left out where the model has none for its single channel.
+    """
+    out = from_videomamba(state_dict)
+    own = model.state_dict()
+    key = "patch_embed.proj.weight"
+    if key in out:
+        source_chans = out[key].shape[1]
+        out[key] = adapt_in_chans(out[key], model.in_chans)
+        if source_chans != model.in_chans:
+            out = {k: v for k, v in out.items() if not k.startswith("stem.")}
+            out.update({k: v for k, v in own.items() if k.startswith("stem.")})
+    if "pos_embed" in out and out["pos_embed"].shape != own["pos_embed"].shape:
+        side = round((out["pos_embed"].shape[1] - 1) ** 0.5)
+        out["pos_embed"] = resample_spatial(out["pos_embed"], (side, side), model.grid_size)
+    if "temporal_pos_embedding" in out:
+        out["temporal_pos_embedding"] = resample_temporal(out["temporal_pos_embedding"], model.num_frames)
+    else:
+        out["temporal_pos_embedding"] = own["temporal_pos_embedding"]
+    return out

@@ -1,0 +1,144 @@
+"""The zoo: which variants there are, their timm configurations, and an entry point for each."""
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+
+from .backbone import EtMamba
+from .convert import checkpoint_filter_fn
+
+SIZES = {
+    "ti": {"embed_dim": 192, "depth": 24},
+    "s": {"embed_dim": 384, "depth": 24},
+    "m": {"embed_dim": 576, "depth": 32},
+}
+# The rows of the paper's Table 5, by the suffixes around the size.
+ROWS = {
+    "videomamba_{}": {"stem": "none", "block": "bimamba"},  # (a)
+    "videomamba_{}_stfp": {"stem": "stfp", "block": "bimamba"},  # (b)
+    "etmamba_{}_ebs": {"stem": "stfp", "block": "ebs"},  # (c)
+    "etmamba_{}": {"stem": "stfp", "block": "stcm"},  # (d)
+}
+VARIANTS = {row.format(size): {**SIZES[size], **ROWS[row]} for row in ROWS for size in SIZES}
+
+
+def _cfg(**kwargs) -> dict:
+    return {
+        "num_classes": 400,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs({name: _cfg() for name in VARIANTS})
+
+
+def _create(variant: str, pretrained: bool, **kwargs) -> EtMamba:
+    return build_model_with_cfg(
+        EtMamba,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        **{**VARIANTS[variant], **kwargs},
+    )
+
+
+_ARGUMENTS = """
+
+    Args:
+        pretrained: whether to load trained weights.
+        num_classes (int): classes; 0 for none. Default 400.
+        img_size (int or (int, int)): height and width that positions are made for, in pixels. Default 224.
+        num_frames (int): frames that positions are made for. Default 16.
+        in_chans (int): channels of a clip. Default 3.
+        global_pool (str): 'token', 'avg' or ''. Default 'token'.
+        drop_path_rate (float): stochastic depth. Default 0.1.
+        Any other argument of `etmamba_timm.models.EtMamba`, or of timm's `build_model_with_cfg`.
+
+    Returns:
+        A model that takes normalised clips [B, C, T, H, W] or images [B, C, H, W] and returns logits [B, num_classes].
+    """
+
+
+def _entrypoint(fn):
+    fn.__doc__ += _ARGUMENTS
+    return register_model(fn)
+
+
+@_entrypoint
+def etmamba_ti(pretrained: bool = False, **kwargs) -> EtMamba:
+    """ETMamba-Ti: STFP stem, STCM blocks; width 192, depth 24, 8.1 M parameters."""
+    return _create("etmamba_ti", pretrained, **kwargs)
+
+
+@_entrypoint
+def etmamba_s(pretrained: bool = False, **kwargs) -> EtMamba:
+    """ETMamba-S: STFP stem, STCM blocks; width 384, depth 24, 31 M parameters."""
+    return _create("etmamba_s", pretrained, **kwargs)
+
+
+@_entrypoint
+def etmamba_m(pretrained: bool = False, **kwargs) -> EtMamba:
+    """ETMamba-M, the paper's model: STFP stem, STCM blocks; width 576, depth 32, 91 M parameters."""
+    return _create("etmamba_m", pretrained, **kwargs)
+
+
+@_entrypoint
+def etmamba_ti_ebs(pretrained: bool = False, **kwargs) -> EtMamba:
+    """ETMamba-Ti without the local branch (ablation row c): STFP stem, EBS blocks; 6.0 M parameters."""
+    return _create("etmamba_ti_ebs", pretrained, **kwargs)
+
+
+@_entrypoint
+def etmamba_s_ebs(pretrained: bool = False, **kwargs) -> EtMamba:
+    """ETMamba-S without the local branch (ablation row c): STFP stem, EBS blocks; 23 M parameters."""
+    return _create("etmamba_s_ebs", pretrained, **kwargs)
+
+
+@_entrypoint
+def etmamba_m_ebs(pretrained: bool = False, **kwargs) -> EtMamba:
+    """ETMamba-M without the local branch (ablation row c): STFP stem, EBS blocks; 67 M parameters."""
+    return _create("etmamba_m_ebs", pretrained, **kwargs)
+
+
+@_entrypoint
+def videomamba_ti(pretrained: bool = False, **kwargs) -> EtMamba:
+    """VideoMamba-Ti (ablation row a): no stem, BiMamba blocks; width 192, depth 24, 7.0 M parameters."""
+    return _create("videomamba_ti", pretrained, **kwargs)
+
+
+@_entrypoint
+def videomamba_s(pretrained: bool = False, **kwargs) -> EtMamba:
+    """VideoMamba-S (ablation row a): no stem, BiMamba blocks; width 384, depth 24, 26 M parameters."""
+    return _create("videomamba_s", pretrained, **kwargs)
+
+
+@_entrypoint
+def videomamba_m(pretrained: bool = False, **kwargs) -> EtMamba:
+    """VideoMamba-M (ablation row a): no stem, BiMamba blocks; width 576, depth 32, 74 M parameters."""
+    return _create("videomamba_m", pretrained, **kwargs)
+
+
+@_entrypoint
+def videomamba_ti_stfp(pretrained: bool = False, **kwargs) -> EtMamba:
+    """VideoMamba-Ti behind the STFP stem (ablation row b): BiMamba blocks; 7.0 M parameters."""
+    return _create("videomamba_ti_stfp", pretrained, **kwargs)
+
+
+@_entrypoint
+def videomamba_s_stfp(pretrained: bool = False, **kwargs) -> EtMamba:
+    """VideoMamba-S behind the STFP stem (ablation row b): BiMamba blocks; 26 M parameters."""
+    return _create("videomamba_s_stfp", pretrained, **kwargs)
+
+
+@_entrypoint
+def videomamba_m_stfp(pretrained: bool = False, **kwargs) -> EtMamba:
+    """VideoMamba-M behind the STFP stem (ablation row b): BiMamba blocks; 74 M parameters."""
+    return _create("videomamba_m_stfp", pretrained, **kwargs)

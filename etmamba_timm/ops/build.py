@@ -1,0 +1,169 @@
+"""Compiles a C++ file at its first use and keeps the shared library in a cache folder, the only place written to.
+
+A library's name in the cache is `<source>-<key>-<digest>.so`. The key says what it was made from and for which
+processor, the digest (of the file itself) that it is whole. Names appear by a rename, so that no half-written file ever
+has one.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: starting at once, processes compile once each, and the last one's library stays
+    fcntl = None
+
+_logger = logging.getLogger(__name__)
+
+COMPILERS = ("c++", "g++", "clang++")
+# No -ffast-math: with GCC it also links code that changes how the whole process treats denormal numbers.
+FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+# Tried in turn: some compilers know the second but not the first, or neither.
+NATIVE_FLAGS = (("-march=native",), ("-mcpu=native",), ())
+_SCHEME = 1  # raise it when libraries must be built anew although source, flags and processor are the same
+_CPUINFO = {  # the lines of /proc/cpuinfo that a native build depends on: x86, Arm, and the others
+    *("vendor_id", "cpu family", "model", "model name", "stepping", "flags"),
+    *("CPU implementer", "CPU architecture", "CPU variant", "CPU part", "Features"),
+    *("cpu", "isa", "features"),
+}
+
+_SET_CACHE = "set ETMAMBA_CACHE to a folder that is"
+_SET_CXX = "install a C++ compiler such as g++ or clang++, or set CXX to one that works"
+
+
+class BuildError(RuntimeError):
+    """The library can't be built or loaded. The message says what failed and what to do about it."""
+
+
+def cache_dir() -> Path:
+    """The cache folder: $ETMAMBA_CACHE, else $XDG_CACHE_HOME/etmamba_timm, else ~/.cache/etmamba_timm.
+
+    Those are the places on every system, as with torch and huggingface_hub.
+    """
+    try:
+        if chosen := os.environ.get("ETMAMBA_CACHE"):
+            return Path(chosen).expanduser().absolute()
+        base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        # The XDG specification has relative paths ignored.
+        return (base if base.is_absolute() else Path.home() / ".cache") / "etmamba_timm"
+    except RuntimeError as error:  # there is no HOME, nor an entry in the password database
+        raise BuildError(f"no cache folder for compiled code: {error}; set ETMAMBA_CACHE to one") from error
+
+
+def load(source: Path) -> ctypes.CDLL:
+    """The library compiled from `source`, a C++ file that includes system headers alone; from the cache if it is there.
+
+    A library in the cache is loaded without a compiler and without starting a process. Hence its key is made of what is
+    known without asking the compiler: source text, flags and processor, but neither $CXX nor a version. Empty the cache
+    to build with another compiler.
+
+    Raises: BuildError.
+    """
+    text = source.read_bytes()
+    key = _digest(repr((_SCHEME, FLAGS, NATIVE_FLAGS, _processor(), text)).encode())
+    name, folder = f"{source.stem}-{key}", cache_dir()
+    try:
+        library = _cached(folder, name)
+        if library is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            with _locked(folder / "lock"):
+                library = _cached(folder, name)  # another process may have built it meanwhile
+                if library is None:
+                    library = _build(source, text, folder, name)
+    except OSError as error:
+        raise BuildError(f"{folder} can't hold compiled code: {error}; make it writable, or {_SET_CACHE}") from error
+    return library
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def _processor() -> str:
+    """What decides whether code compiled for the native processor runs here. It starts no process."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:  # not Linux: the kernel's version names the chip on Apple's; the host's name keeps machines apart
+        known = [platform.node(), platform.version()]
+    else:
+        known = sorted({line for line in lines if line.partition(":")[0].strip() in _CPUINFO})  # cores may differ
+    return "\n".join([platform.system(), platform.machine(), *known])
+
+
+def _cached(folder: Path, name: str) -> ctypes.CDLL | None:
+    """The first library of this name that is whole and loads.
+
+    There can be several: on a folder shared by systems with different C++ runtimes, each builds what loads there.
+    """
+    for path in sorted(folder.glob(f"{name}-*.so")):
+        with contextlib.suppress(OSError):
+            # Checked first, since loading a truncated library can kill the process.
+            if path.name == f"{name}-{_digest(path.read_bytes())}.so":
+                return ctypes.CDLL(str(path))
+    return None
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time, where there are locks: it spares the others the work, and nothing else depends on it."""
+    with path.open("w") as file, contextlib.ExitStack() as unlock:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)  # released by the kernel if the process is killed
+                # Closing the file isn't enough if another thread forked meanwhile.
+                unlock.callback(fcntl.flock, file, fcntl.LOCK_UN)
+        yield
+
+
+def _build(source: Path, text: bytes, folder: Path, name: str) -> ctypes.CDLL:
+    for leftover in folder.glob("build-*"):  # of processes that were killed
+        with contextlib.suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > 24 * 3600:
+                shutil.rmtree(leftover, ignore_errors=True)
+    _logger.info("compiling the CPU scan, once for this machine (a few seconds)")
+    with tempfile.TemporaryDirectory(prefix="build-", dir=folder, ignore_cleanup_errors=True) as work:
+        copy, made = Path(work, source.name), Path(work, "made.so")
+        copy.write_bytes(text)  # exactly what the key was made from
+        _compile(copy, made)
+        path = folder / f"{name}-{_digest(made.read_bytes())}.so"
+        os.replace(made, path)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(
+            f"the library compiled from {source} doesn't load: {error}; if {folder} forbids execution (noexec), "
+            f"{_SET_CACHE} not so mounted, else set CXX to this system's own compiler"
+        ) from error
+
+
+def _compile(source: Path, made: Path) -> None:
+    try:
+        compiler = shlex.split(os.environ.get("CXX", "")) or [next(filter(None, map(shutil.which, COMPILERS)))]
+    except StopIteration:
+        raise BuildError(f"no C++ compiler found ({', '.join(COMPILERS)}); {_SET_CXX}") from None
+    except ValueError as error:
+        raise BuildError(f"CXX={os.environ['CXX']} isn't a command: {error}; {_SET_CXX}") from error
+    work = str(source.parent)  # the compiler's own temporary files go there as well
+    env = {**os.environ, "LC_ALL": "C", "TMPDIR": work, "TMP": work, "TEMP": work}
+    for native in NATIVE_FLAGS:
+        command = [*compiler, *FLAGS, *native, str(source), "-o", str(made)]
+        try:
+            done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True)
+        except OSError as error:
+            raise BuildError(f"the C++ compiler {shlex.join(compiler)} doesn't run: {error}; {_SET_CXX}") from error
+        if done.returncode == 0:
+            return
+    said = (done.stderr + done.stdout).decode(errors="replace").replace(work + os.sep, "").strip().splitlines()
+    first = next((line for line in said if "error:" in line.lower()), said[0] if said else "no message")
+    raise BuildError(f"{shlex.join(compiler)} failed (exit status {done.returncode}): {first}; {_SET_CXX}")

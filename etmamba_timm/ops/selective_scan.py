@@ -1,0 +1,149 @@
+"""The public selective scan, and the choice of the backend that runs it."""
+
+import logging
+
+import torch
+from torch import Tensor
+
+from . import cpu, cuda, reference
+
+_logger = logging.getLogger(__name__)
+_announced: set[str] = set()
+
+# Fastest first: 'auto' takes the first that can. A backend is a module with
+#   why_not() -> str | None      why this machine can't run it
+#   rejects(tensors) -> str | None   why it can't take these arguments
+#   scan(...)                    the scan itself; see reference.py
+BACKENDS = {"mamba_ssm": cuda, "cpu": cpu, "reference": reference}
+
+
+def scan_backends() -> dict[str, str | None]:
+    """Each backend's name, fastest first, with None if this machine can run it, or the reason why it can't."""
+    return {name: backend.why_not() for name, backend in BACKENDS.items()}
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    reverse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The selective scan of Mamba (S6): a linear recurrence whose coefficients depend on the input.
+
+    The arguments are those of mamba-ssm's `selective_scan_fn`, and two more. Strides are free: a transposed view of
+    `[B, L, D]` data is as good as contiguous `[B, D, L]`.
+
+    Args:
+        u: the input [B, D, L]; float32, bfloat16, float16 or float64.
+        delta: the step sizes Δ before bias and softplus [B, D, L], in `u`'s dtype.
+        A: the state matrix's diagonal [D, N], negative for a stable scan; float32 (float64 if `u` is).
+        B: how the input enters the state [B, N, L], in `u`'s dtype.
+        C: how the state is read [B, N, L], in `u`'s dtype.
+        D: the skip connection [D], in `A`'s dtype.
+        z: the gate [B, D, L], in `u`'s dtype: the output is multiplied by SiLU(z).
+        delta_bias: added to delta [D], in `A`'s dtype.
+        delta_softplus: whether Δ = softplus(delta + delta_bias).
+        return_last_state: whether to return the state after the last step as well.
+        reverse: whether to run from the last time step to the first. The output stays in the input's order.
+        backend: a name from `scan_backends()`, or 'auto' for the first of them that can.
+
+    Returns:
+        The output [B, D, L] in `u`'s dtype, or (output, last state [B, D, N] in `A`'s dtype). The last state is
+        for inspection: backends need not carry a gradient through it.
+
+    Raises:
+        ValueError: shapes or dtypes that don't fit, an empty sequence, an unknown backend.
+        RuntimeError: the backend that was named can't run here, or not with these arguments.
+
+    Source: Mamba (Gu & Dao 2023), algorithm 2.
+    """
+    reverse_from = 0 if reverse else u.shape[0]
+    out, state = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse_from, backend)
+    return (out, state) if return_last_state else out
+
+
+def bidirectional_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Both directions of a scan with shared parameters (paper 3.3), in one call of the backend.
+
+    As `selective_scan`, with an even batch: its first half runs forwards, its second half backwards.
+
+    Returns: the output [B, D, L] in `u`'s dtype, every row in its input's order.
+    """
+    if u.shape[0] % 2:
+        raise ValueError(f"batch is {u.shape[0]}; it must be even: the forward rows, then the backward rows")
+    return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, u.shape[0] // 2, backend)[0]
+
+
+def _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse_from, backend):
+    _check(u, delta, A, B, C, D, z, delta_bias)
+    chosen = _choose(backend, (u, delta, A, B, C, D, z, delta_bias))
+    return chosen.scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse_from)
+
+
+def _choose(name: str, tensors: tuple):
+    if name == "auto":
+        for name, backend in BACKENDS.items():
+            if backend.rejects(*tensors) is None and backend.why_not() is None:
+                _announce(name)
+                return backend
+    if name not in BACKENDS:
+        raise ValueError(f"unknown scan backend {name!r}; choose 'auto' or one of {', '.join(BACKENDS)}")
+    backend = BACKENDS[name]
+    reason = backend.rejects(*tensors) or backend.why_not()
+    if reason:
+        raise RuntimeError(f"scan backend {name!r} can't run: {reason}")
+    return backend
+
+
+def _announce(name: str) -> None:
+    if not torch.compiler.is_compiling() and name not in _announced:
+        _announced.add(name)
+        _logger.info("selective scan runs on the backend %r", name)
+
+
+def _check(u, delta, A, B, C, D, z, delta_bias) -> None:
+    if u.ndim != 3 or 0 in u.shape:
+        raise ValueError(f"u is {tuple(u.shape)}; it must be [batch, width, length], none of them 0")
+    if u.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"u is {u.dtype}; it must be float32, bfloat16, float16 or float64")
+    batch, width, length = u.shape
+    if A.ndim != 2 or A.shape[0] != width or A.shape[1] == 0:
+        raise ValueError(f"A is {tuple(A.shape)}; it must be [{width}, state size], as u's width is {width}")
+    state_dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    sequence, coefficient, channel = (batch, width, length), (batch, A.shape[1], length), (width,)
+    for name, t, shape, dtype in (
+        ("delta", delta, sequence, u.dtype),
+        ("A", A, tuple(A.shape), state_dtype),
+        ("B", B, coefficient, u.dtype),
+        ("C", C, coefficient, u.dtype),
+        ("D", D, channel, state_dtype),
+        ("z", z, sequence, u.dtype),
+        ("delta_bias", delta_bias, channel, state_dtype),
+    ):
+        if t is None:
+            continue
+        if tuple(t.shape) != shape:
+            raise ValueError(f"{name} is {tuple(t.shape)}; with u {sequence} and A {tuple(A.shape)} it must be {shape}")
+        if t.dtype != dtype:
+            raise ValueError(f"{name} is {t.dtype}; with u in {u.dtype} it must be {dtype}")
+        if t.device != u.device:
+            raise ValueError(f"{name} is on {t.device} and u on {u.device}; move them to one device")

@@ -81,7 +81,7 @@ def run(names: list[str], folder: Path) -> subprocess.CompletedProcess:
     _write(folder / "test_models.py", adapt(fetch(folder).read_text(), names))
     _write(folder / "conftest.py", CONFTEST.format(names=names, left_out=list(LEFT_OUT)))
     _write(folder / "pytest.ini", "[pytest]\n")
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-W", "ignore", "test_models.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "--durations=6", "-p", "no:cacheprovider", "-W", "ignore", "test_models.py"]
     return subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

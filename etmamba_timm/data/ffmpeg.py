@@ -61,7 +61,6 @@ def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
             raise VideoError(f"{path}: has no video stream (it holds {kinds}); name a file with pictures")
         if streams[0].codec_context is None:
             raise VideoError(f"{path}: there is no decoder for its video stream; convert it to h264 with ffmpeg")
-        streams[0].thread_type = "AUTO"
         yield container, streams[0]
 
 

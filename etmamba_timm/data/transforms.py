@@ -55,9 +55,9 @@ class EvalTransform:
         channels = getattr(model, "in_chans", cfg["input_size"][0])
         if channels not in (1, 3):
             raise ValueError(f"the model takes {channels} channels; frames can be given as 3 (RGB) or 1 (luminance)")
-        mean, std = (
-            (sum(cfg[key]) / len(cfg[key]),) if channels == 1 else tuple(cfg[key]) for key in ("mean", "std")
-        )
+        mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
+        if channels == 1:
+            mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
         return replace(cls(tuple(cfg["input_size"][1:]), mean, std, cfg["interpolation"], cfg["crop_pct"]), **overrides)
 
     def __call__(self, frames: Tensor, num_crops: int = 1) -> Tensor:

@@ -70,8 +70,8 @@ class VideoReader:
         self._warned = False
         ffmpeg.check_file(self.path)
         with ffmpeg.opened(self.path) as (container, stream):
-            packets = (packet for packet in ffmpeg.packets_of(container, stream) if not ffmpeg.is_hidden(packet, stream))
-            shown = [(packet.pts, packet.is_keyframe) for packet in packets]
+            packets = ffmpeg.packets_of(container, stream)
+            shown = [(packet.pts, packet.is_keyframe) for packet in packets if not ffmpeg.is_hidden(packet, stream)]
             timed = container.format.name.startswith(_TIMED)
             tick = float(stream.time_base or 0)
             rate = float(stream.average_rate or stream.guessed_rate or 0)

@@ -2,6 +2,7 @@
 
 from .backbone import EtMamba
 from .convert import checkpoint_filter_fn
+from .cost import Cost, count_cost
 from .etmamba import (
     VARIANTS,
     etmamba_m,
@@ -18,4 +19,4 @@ from .etmamba import (
     videomamba_ti_stfp,
 )
 
-__all__ = ["VARIANTS", "EtMamba", "checkpoint_filter_fn", *VARIANTS]
+__all__ = ["VARIANTS", "Cost", "EtMamba", "checkpoint_filter_fn", "count_cost", *VARIANTS]

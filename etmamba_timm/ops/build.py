@@ -81,9 +81,9 @@ def load(source: Path) -> ctypes.CDLL:
                 library = _cached(folder, name)  # another process may have built it meanwhile
                 if library is None:
                     library = _build(source, text, folder, name)
+        return library
     except OSError as error:
         raise BuildError(f"{folder} can't hold compiled code: {error}; make it writable, or {_SET_CACHE}") from error
-    return library
 
 
 def _digest(data: bytes) -> str:
@@ -152,7 +152,7 @@ def _compile(source: Path, made: Path) -> None:
         compiler = shlex.split(os.environ.get("CXX", "")) or [next(filter(None, map(shutil.which, COMPILERS)))]
     except StopIteration:
         raise BuildError(f"no C++ compiler found ({', '.join(COMPILERS)}); {_SET_CXX}") from None
-    except ValueError as error:
+    except ValueError as error:  # a quotation without its end
         raise BuildError(f"CXX={os.environ['CXX']} isn't a command: {error}; {_SET_CXX}") from error
     work = str(source.parent)  # the compiler's own temporary files go there as well
     env = {**os.environ, "LC_ALL": "C", "TMPDIR": work, "TMP": work, "TEMP": work}
@@ -165,5 +165,5 @@ def _compile(source: Path, made: Path) -> None:
         if done.returncode == 0:
             return
     said = (done.stderr + done.stdout).decode(errors="replace").replace(work + os.sep, "").strip().splitlines()
-    first = next((line for line in said if "error:" in line.lower()), said[0] if said else "no message")
+    first = [*(line for line in said if "error:" in line or "ld: " in line), *said, "no message"][0]  # ld: the linker
     raise BuildError(f"{shlex.join(compiler)} failed (exit status {done.returncode}): {first}; {_SET_CXX}")

@@ -46,8 +46,8 @@ def why_not() -> str | None:
 
 
 def rejects(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D, z, delta_bias) -> str | None:
-    """None for tensors on the CPU."""
-    return None if u.device.type == "cpu" else f"u is on {u.device}; this kernel takes CPU tensors"
+    """None for tensors on the CPU, and for those on 'meta', which have shapes alone."""
+    return None if u.device.type in ("cpu", "meta") else f"u is on {u.device}; this kernel takes CPU tensors"
 
 
 def scan(

@@ -99,16 +99,21 @@ def _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse_from, bac
     return chosen.scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse_from)
 
 
+@torch.compiler.assume_constant_result  # asked once, while tracing: probing a machine is nothing to compile
+def _why_not(name: str) -> str | None:
+    return BACKENDS[name].why_not()
+
+
 def _choose(name: str, tensors: tuple):
     if name == "auto":
         for name, backend in BACKENDS.items():
-            if backend.rejects(*tensors) is None and backend.why_not() is None:
+            if backend.rejects(*tensors) is None and _why_not(name) is None:
                 _announce(name)
                 return backend
     if name not in BACKENDS:
         raise ValueError(f"unknown scan backend {name!r}; choose 'auto' or one of {', '.join(BACKENDS)}")
     backend = BACKENDS[name]
-    reason = backend.rejects(*tensors) or backend.why_not()
+    reason = backend.rejects(*tensors) or _why_not(name)
     if reason:
         raise RuntimeError(f"scan backend {name!r} can't run: {reason}")
     return backend

@@ -1,0 +1,228 @@
+"""The `etmamba` command: arguments and printing; the work is done by the modules it calls."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status: 0, 1 if a file or more failed, 2 if nothing could be done."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `etmamba … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"etmamba: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="etmamba", description="ETMamba and VideoMamba on video files.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    predict = commands.add_parser("predict", help="name the action in video files")
+    _add_model_and_files(predict)
+    predict.add_argument("--topk", type=_positive, default=5, metavar="K", help="classes to print (default 5)")
+    predict.add_argument("--json", action="store_true", help="print one JSON object a file, each on a line")
+    predict.set_defaults(run=_predict)
+
+    features = commands.add_parser("features", help="write features of video files")
+    _add_model_and_files(features)
+    features.add_argument("-o", "--output", type=Path, required=True, help="a .safetensors file")
+    features.set_defaults(run=_features)
+
+    info = commands.add_parser("info", help="list the models, or tell one's parameters and multiply-adds")
+    info.add_argument("model", nargs="?", help="a model's name")
+    info.add_argument("--num-frames", type=_positive, metavar="T", help="frames of the clip that is counted")
+    info.add_argument("--img-size", type=_positive, metavar="S", help="its height and width, in pixels")
+    info.add_argument("--backends", action="store_true", help="tell which scans this machine can run, and why not")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _add_model_and_files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", metavar="FILE", help="video files")
+    parser.add_argument("--model", required=True, help="a model's name, hf-hub:ORG/NAME or local-dir:FOLDER")
+    parser.add_argument("--checkpoint", type=Path, help="its weights: .safetensors or .pth, ours or VideoMamba's")
+    parser.add_argument("--num-clips", type=_positive, default=1, metavar="N", help="clips over a video (default 1)")
+    parser.add_argument("--num-crops", type=int, choices=(1, 3), default=1, help="crops of a frame (default 1)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, … (default: cuda if there is one, else cpu)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of autocast (default float32: none)")
+    parser.add_argument("--allow-untrained", action="store_true", help="run a model without weights: a random result")
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from .predict import predict, top_classes
+
+    model, options = _set_up(args, need_classifier=True)
+
+    def one(file: str) -> str:
+        best = top_classes(model, predict(model, file, **options), args.topk)
+        if args.json:
+            return json.dumps({"file": file, "model": args.model, "predictions": best})
+        return "\n".join([file, *(f"  {p['score']:7.2%}  {p['label']}" for p in best)])
+
+    return _each(args, one, lambda text: print(text, flush=True))
+
+
+def _features(args: argparse.Namespace) -> int:
+    from .predict import extract_features
+
+    if args.output.suffix != ".safetensors":
+        raise ValueError(f"{args.output}: features are written as safetensors; give a name that ends in .safetensors")
+    if not args.output.parent.is_dir():
+        raise ValueError(f"{args.output.parent}: no such folder; make it first")
+    model, options = _set_up(args, need_classifier=False)
+    done: dict[str, object] = {}
+    status = _each(args, lambda file: (file, extract_features(model, file, **options)), lambda r: done.update([r]))
+    if done:
+        _write_features(args, done)
+        print(f"features of {len(done)} of {len(args.files)} files: {args.output}", file=sys.stderr)
+    return status
+
+
+def _write_features(args: argparse.Namespace, features: dict) -> None:
+    """Writes 'features' [files, D], and the files' names in the metadata; whole or not at all."""
+    import torch
+    from safetensors.torch import save_file
+
+    metadata = {"files": json.dumps(list(features)), "model": args.model, "checkpoint": str(args.checkpoint or "")}
+    with tempfile.TemporaryDirectory(dir=args.output.parent, prefix=".etmamba-") as folder:
+        draft = Path(folder) / "features.safetensors"
+        save_file({"features": torch.stack(list(features.values()))}, draft, metadata)
+        os.replace(draft, args.output)
+
+
+def _set_up(args: argparse.Namespace, need_classifier: bool) -> tuple:
+    """The model on its device, and the options of `predict` and `extract_features`."""
+    import torch
+
+    from .predict import load_model
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a device that isn't there
+        raise ValueError(f"device {device!r} can't be used: {str(error).splitlines()[0]}") from None
+    model = load_model(
+        args.model, args.checkpoint, allow_untrained=args.allow_untrained, need_classifier=need_classifier
+    )
+    if args.allow_untrained:
+        print("etmamba: if the model has no trained weights, these results are random", file=sys.stderr)
+    dtype = None if args.dtype == "float32" else getattr(torch, args.dtype)
+    return model.to(device), {"num_clips": args.num_clips, "num_crops": args.num_crops, "dtype": dtype}
+
+
+def _each(args: argparse.Namespace, work: Callable[[str], object], take: Callable) -> int:
+    """Works through the files behind a progress bar; a bad file is reported and does not stop the others."""
+    from tqdm import tqdm
+
+    from .data import VideoError
+
+    failed = 0
+    with tqdm(args.files, unit="file", disable=None if len(args.files) > 1 else True) as bar:
+        for file in bar:
+            try:
+                result = work(file)
+            except VideoError as error:
+                failed += 1
+                with bar.external_write_mode(file=sys.stderr):
+                    print(f"etmamba: {error}", file=sys.stderr)
+                if getattr(args, "json", False):
+                    take(json.dumps({"file": file, "model": args.model, "error": str(error)}))
+                continue
+            with bar.external_write_mode(file=sys.stdout):
+                take(result)
+    if failed and len(args.files) > 1:
+        print(f"etmamba: {failed} of {len(args.files)} files failed", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    if args.backends:
+        from .ops import scan_backends
+
+        backends = scan_backends()
+        if args.json:
+            print(json.dumps(backends))
+        else:
+            print("\n".join(f"{name:12}{reason or 'ready'}" for name, reason in backends.items()))
+        return 0
+    from .models import VARIANTS
+
+    rows = [_describe(name, args) for name in ([args.model] if args.model else VARIANTS)]
+    if args.json:
+        print(json.dumps(rows[0] if args.model else rows))
+    elif args.model:
+        print("\n".join(f"{key:18}{value}" for key, value in _readable(rows[0]).items()))
+    else:
+        print(f"{'model':20}{'params':>9}{'multiply-adds':>15}  weights")
+        for row in rows:
+            weights = ", ".join(row["weights"]) or "none"
+            print(f"{row['model']:20}{row['params'] / 1e6:7.2f} M{row['total_macs'] / 1e9:13.1f} G  {weights}")
+    return 0
+
+
+def _describe(name: str, args: argparse.Namespace) -> dict:
+    import timm
+
+    from .models import VARIANTS, count_cost
+
+    if name.partition(".")[0] not in VARIANTS:
+        raise ValueError(f"unknown model {name!r}; choose one of {', '.join(VARIANTS)}")
+    model = timm.create_model(name, device="meta")
+    size = (args.img_size, args.img_size) if args.img_size else model.img_size
+    if size[0] % model.patch_size or size[1] % model.patch_size:
+        raise ValueError(f"--img-size is {args.img_size}; it must be a multiple of {model.patch_size}")
+    frames = args.num_frames or model.num_frames
+    cost = count_cost(model, frames, size)
+    return {
+        "model": name,
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "clip": [model.in_chans, frames, *size],
+        "tokens": cost.tokens,
+        "params": cost.params,
+        "macs": cost.macs,
+        "scan_macs": cost.scan_macs,
+        "total_macs": cost.total_macs,
+        "videomamba_macs": cost.videomamba_macs,
+        "weights": timm.list_pretrained(name.partition(".")[0] + ".*"),
+    }
+
+
+def _readable(row: dict) -> dict:
+    return {
+        "model": row["model"],
+        "width, depth": f"{row['embed_dim']}, {row['depth']}",
+        "clip C×T×H×W": "×".join(map(str, row["clip"])),
+        "tokens": row["tokens"],
+        "parameters": f"{row['params'] / 1e6:.2f} M",
+        "multiply-adds": f"{row['total_macs'] / 1e9:.1f} G, {row['scan_macs'] / 1e9:.1f} G of them in the scan",
+        "  as VideoMamba": f"{row['videomamba_macs'] / 1e9:.1f} G: its count leaves out the inner SSM; not the true cost",
+        "weights": ", ".join(row["weights"]) or "none",
+    }
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

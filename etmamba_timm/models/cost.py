@@ -1,0 +1,75 @@
+"""What a clip costs: parameters and multiply-adds, counted from the shapes of a model's weights."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..layers import Ebs
+from .backbone import EtMamba
+
+# VideoMamba's published figures leave out what its fused operator hides from the counter.
+_HIDDEN_FROM_VIDEOMAMBA = ("conv1d", "conv1d_b", "x_proj", "x_proj_b", "dt_proj", "dt_proj_b")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One clip's cost. A multiply-add is one, not two operations.
+
+    Attributes:
+        params: parameters.
+        tokens: tokens of the clip, class token included.
+        macs: multiply-adds of all linear maps and convolutions, those of padded positions included.
+        scan_macs: multiply-adds of the selective scans: for each token and channel of a direction, 4 for each state
+            (Δ·A, decay, input, read-out) and 3 (Δ·u, D·u, gate). Exponentials aren't counted.
+        videomamba_macs: `macs` as VideoMamba counts them: without the short convolutions, x_proj and dt_proj (and
+            without the scan), which lie within its fused operator. Not the true cost; there to compare with its tables.
+    """
+
+    params: int
+    tokens: int
+    macs: int
+    scan_macs: int
+    videomamba_macs: int
+
+    @property
+    def total_macs(self) -> int:
+        """The true cost: `macs + scan_macs`."""
+        return self.macs + self.scan_macs
+
+
+def count_cost(model: EtMamba, num_frames: int | None = None, img_size: tuple[int, int] | None = None) -> Cost:
+    """The cost of one clip of `num_frames` and `img_size` (height, width), by default those the model is made for.
+
+    Every weight is applied at a number of positions known from where it stands: nothing is run, and a model on the
+    'meta' device will do.
+    """
+    frames = num_frames or model.num_frames
+    height, width = img_size or model.img_size
+    pixels = frames * height * width
+    patches = frames * (height // model.patch_size) * (width // model.patch_size)
+    tokens = 1 + patches
+
+    macs = hidden = scan = 0
+    shared = set()  # EBS runs these for each direction
+    for name, module in model.named_modules():
+        if isinstance(module, Ebs):
+            shared.update(f"{name}.{leaf}" for leaf in ("pw", "conv1d", "x_proj", "dt_proj"))
+        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+            positions = 2 * tokens if name in shared else _positions(name, tokens, patches, pixels)
+            if name.rpartition(".")[2] in _HIDDEN_FROM_VIDEOMAMBA:
+                hidden += module.weight.numel() * positions
+            macs += module.weight.numel() * positions
+        if hasattr(module, "A_log"):  # a mixer: two directions, with one SSM or two
+            channels, states = module.A_log.shape
+            scan += 2 * tokens * channels * (4 * states + 3)
+    params = sum(p.numel() for p in model.parameters())
+    return Cost(params, tokens, macs, scan, macs - hidden)
+
+
+def _positions(name: str, tokens: int, patches: int, pixels: int) -> int:
+    """How often one clip meets each weight of the module `name`."""
+    if name.startswith("stem."):
+        return pixels
+    if name == "patch_embed.proj" or ".local." in name:
+        return patches
+    return 1 if name == "head" else tokens

@@ -1,0 +1,266 @@
+"""The public scan: what it computes on every backend that runs here, what it refuses, how it compiles."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from etmamba_timm.ops import bidirectional_scan, reference, scan_backends, selective_scan
+
+HERE = [name for name, reason in scan_backends().items() if reason is None and name != "mamba_ssm"]  # its own: test_cuda
+FAST = [name for name in HERE if name != "reference"]
+NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+PARAMETERS = ("A", "D", "delta_bias")
+# max|a - b| / max|b| against float64: activations and their gradients, gradients of parameters
+BOUNDS = {
+    torch.float64: (1e-12, 1e-12),
+    torch.float32: (1e-5, 1e-4),
+    torch.bfloat16: (1e-2, 3e-2),
+    torch.float16: (1e-2, 3e-2),
+}
+
+
+def arguments(batch, width, length, state, dtype=torch.float64, seed=0, layout="BLD", optional=True) -> dict:
+    """Random arguments by name, as leaves; `layout` says which dimension is contiguous in memory."""
+    random = torch.Generator().manual_seed(seed)
+    state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def sequence(channels):
+        if layout == "BLD":
+            x = torch.randn(batch, length, channels, generator=random).transpose(1, 2)
+        elif layout == "BDL":
+            x = torch.randn(batch, channels, length, generator=random)
+        else:  # every other element of something larger
+            x = torch.randn(batch, 2 * channels, 3 * length, generator=random)[:, ::2, ::3]
+        return x.to(dtype).requires_grad_()
+
+    def parameter(*shape):
+        return torch.randn(*shape, generator=random).to(state_dtype)
+
+    return {
+        "u": sequence(width),
+        "delta": sequence(width),
+        "A": (-parameter(width, state).abs() * 4).requires_grad_(),
+        "B": sequence(state),
+        "C": sequence(state),
+        "D": parameter(width).requires_grad_() if optional else None,
+        "z": sequence(width) if optional else None,
+        "delta_bias": (parameter(width) - 2).requires_grad_() if optional else None,
+    }
+
+
+def in_float64(args: dict) -> dict:
+    return {k: None if t is None else t.detach().double().requires_grad_() for k, t in args.items()}
+
+
+def error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """max|a - b| / max|b|; where b is 0 throughout, max|a|."""
+    scale = b.abs().max().item()
+    return (a.double() - b).abs().max().item() / (scale or 1.0)
+
+
+def gradients(scan, args: dict, weight: torch.Tensor) -> tuple[torch.Tensor, dict]:
+    given = {k: t for k, t in args.items() if t is not None}
+    out = scan(**args)
+    return out, dict(zip(given, torch.autograd.grad(out, list(given.values()), weight.to(out.dtype)), strict=True))
+
+
+@pytest.mark.parametrize("backend", FAST)
+@settings(max_examples=100, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    width=st.integers(1, 40),
+    length=st.integers(1, 100),
+    state=st.sampled_from([1, 2, 5, 16, 17]),
+    dtype=st.sampled_from(list(BOUNDS)),
+    layout=st.sampled_from(["BLD", "BDL", "strided"]),
+    softplus=st.booleans(),
+    optional=st.booleans(),
+    reverse=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_backends_agree_with_the_reference(
+    backend, batch, width, length, state, dtype, layout, softplus, optional, reverse, seed
+):
+    """Output and every gradient, over shapes, strides, dtypes and directions."""
+    args = arguments(batch, width, length, state, dtype, seed, layout, optional)
+    if not softplus:  # a step must be positive for the scan to be stable
+        args["delta"] = (args["delta"].detach().abs() * 0.2).requires_grad_()
+        args["delta_bias"] = None
+    weight = torch.randn(batch, width, length, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    options = {"delta_softplus": softplus, "reverse": reverse}
+    out, grads = gradients(lambda **a: selective_scan(**a, **options, backend=backend), args, weight)
+    expected, expected_grads = gradients(
+        lambda **a: selective_scan(**a, **options, backend="reference"), in_float64(args), weight
+    )
+    activations, parameters = BOUNDS[dtype]
+    assert out.dtype == dtype
+    assert error(out, expected) <= activations
+    for name, grad in grads.items():
+        assert error(grad, expected_grads[name]) <= (parameters if name in PARAMETERS else activations), name
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_bidirectional_is_both_directions(backend):
+    args = arguments(4, 6, 20, 5)
+    out = bidirectional_scan(**args, delta_softplus=True, backend=backend)
+    for rows, reverse in ((slice(0, 2), False), (slice(2, 4), True)):
+        half = {k: t if k in PARAMETERS else t[rows] for k, t in args.items()}
+        expected = selective_scan(**half, delta_softplus=True, reverse=reverse, backend=backend)
+        assert error(out[rows], expected) < 1e-13
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_last_state_is_where_a_further_step_starts(backend, reverse):
+    """The state after L steps, found again as what an (L+1)th step with B = 0 reads out."""
+    args = {k: t.detach() for k, t in arguments(2, 3, 9, 4).items()}
+    _, state = selective_scan(
+        **args, delta_softplus=True, reverse=reverse, return_last_state=True, backend=backend
+    )
+    args = {k: None if k == "z" else t for k, t in args.items()} | {"D": None, "delta_bias": None}
+    ones = torch.ones(2, 3, 1, dtype=torch.float64)
+    delta = torch.nn.functional.softplus(args["delta"] + arguments(2, 3, 9, 4)["delta_bias"].detach()[:, None])
+    for n in range(4):
+        read = torch.zeros(2, 4, 1, dtype=torch.float64)
+        read[:, n] = 1
+        silent = torch.zeros(2, 4, 1, dtype=torch.float64)
+        where = 0 if reverse else -1
+        longer = {
+            key: torch.cat([more, args[key]] if where == 0 else [args[key], more], dim=-1)
+            for key, more in (("u", ones), ("B", silent), ("C", read))
+        }
+        longer["delta"] = torch.cat([0 * ones, delta] if where == 0 else [delta, 0 * ones], dim=-1)
+        out = selective_scan(**(args | longer), reverse=reverse, backend=backend)
+        assert error(out[..., where], state[..., n]) < 1e-12
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_step_reaches_those_after_it_alone(backend, reverse):
+    args = {k: t.detach() for k, t in arguments(1, 3, 40, 16, torch.float32).items()}
+    before = selective_scan(**args, delta_softplus=True, reverse=reverse, backend=backend)
+    args["u"] = args["u"].clone()
+    args["u"][..., 20] += 1
+    changed = (selective_scan(**args, delta_softplus=True, reverse=reverse, backend=backend) != before).any(1)[0]
+    reached = changed[:21] if reverse else changed[20:]
+    assert reached.all()
+    assert changed.sum() == reached.sum()
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_gradcheck(backend):
+    args = arguments(2, 3, 5, 2)
+    assert torch.autograd.gradcheck(
+        lambda *tensors: bidirectional_scan(*tensors, delta_softplus=True, backend=backend), list(args.values())
+    )
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_large_steps_stay_finite(backend):
+    args = {k: t.detach() for k, t in arguments(1, 4, 50, 3, torch.float32).items()}
+    args["delta"] = args["delta"] * 1e3
+    assert selective_scan(**args, delta_softplus=True, backend=backend).isfinite().all()
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_threads_do_not_change_the_result(backend):
+    args = {k: t.detach() for k, t in arguments(2, 50, 70, 16, torch.float32).items()}
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            results.append(selective_scan(**args, delta_softplus=True, backend=backend))
+    finally:
+        torch.set_num_threads(threads)
+    assert error(results[1], results[0].double()) < 1e-6
+    assert error(results[2], results[0].double()) < 1e-6
+
+
+@pytest.mark.parametrize("backend", [name for name in HERE if name == "cpu"])
+def test_cpu_operator_is_a_proper_one(backend):
+    """Schema, fake implementation, autograd registration and tracing, by torch's own checks."""
+    from etmamba_timm.ops import cpu
+
+    for optional in (True, False):
+        args = arguments(2, 5, 40, 4, torch.float32, optional=optional)
+        torch.library.opcheck(cpu._forward, (*args.values(), True, 1, True))
+
+
+@pytest.mark.parametrize("backend", [name for name in HERE if name == "cpu"])
+def test_cpu_operator_compiles_in_one_graph_and_exports(backend):
+    class Scan(torch.nn.Module):
+        def forward(self, *tensors):
+            return bidirectional_scan(*tensors, delta_softplus=True)
+
+    args = tuple(arguments(2, 5, 40, 4, torch.float32).values())
+    expected = Scan()(*args)
+    compiled = torch.compile(Scan(), fullgraph=True, backend="aot_eager")
+    out = compiled(*args)
+    assert torch.equal(out, expected)
+    for a, b in zip(torch.autograd.grad(out.sum(), args), torch.autograd.grad(expected.sum(), args), strict=True):
+        assert torch.equal(a, b)
+    exported = torch.export.export(Scan(), args)
+    assert torch.equal(exported.module()(*args), expected)
+
+
+def test_auto_takes_the_first_that_can():
+    args = arguments(1, 2, 3, 4)
+    expected = selective_scan(**args, backend=HERE[0])
+    assert torch.equal(selective_scan(**args), expected)
+
+
+def test_every_backend_says_why_it_cannot():
+    backends = scan_backends()
+    assert backends["reference"] is None
+    assert all(reason is None or len(reason) > 20 for reason in backends.values())
+    for name, reason in backends.items():
+        if reason is not None:
+            with pytest.raises(RuntimeError, match=name):
+                selective_scan(**arguments(1, 2, 3, 4), backend=name)
+
+
+def test_unknown_backend_names_the_known():
+    with pytest.raises(ValueError, match=r"'triton'.*'auto' or one of .*reference"):
+        selective_scan(**arguments(1, 2, 3, 4), backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "message"),
+    [
+        ("u", torch.zeros(2, 3), r"u is \(2, 3\); it must be \[batch, width, length\]"),
+        ("u", torch.zeros(2, 3, 0), "none of them 0"),
+        ("u", torch.zeros(2, 3, 7, dtype=torch.int64), "int64; it must be float32, bfloat16, float16 or float64"),
+        ("delta", torch.zeros(2, 3, 6), r"delta is \(2, 3, 6\).*must be \(2, 3, 7\)"),
+        ("delta", torch.zeros(2, 3, 7, dtype=torch.float64), "delta is torch.float64"),
+        ("A", torch.zeros(4, 5), "u's width is 3"),
+        ("A", torch.zeros(3, 5, dtype=torch.bfloat16), "A is torch.bfloat16.*float32"),
+        ("B", torch.zeros(2, 4, 7), r"B is \(2, 4, 7\).*must be \(2, 5, 7\)"),
+        ("C", torch.zeros(2, 1, 5, 7), "C is"),
+        ("D", torch.zeros(5), r"D is \(5,\)"),
+        ("z", torch.zeros(2, 3, 8), "z is"),
+        ("delta_bias", torch.zeros(3, 1), "delta_bias is"),
+        ("z", torch.zeros(2, 3, 7, device="meta"), "z is on meta and u on cpu"),
+    ],
+)
+def test_arguments_that_do_not_fit(name, bad, message):
+    args = {k: t.detach() for k, t in arguments(2, 3, 7, 5, torch.float32).items()}
+    with pytest.raises(ValueError, match=message):
+        selective_scan(**(args | {name: bad}))
+
+
+def test_odd_batch_has_no_two_directions():
+    with pytest.raises(ValueError, match="batch is 3; it must be even"):
+        bidirectional_scan(**arguments(3, 2, 3, 4))
+
+
+def test_reference_matches_the_closed_form():
+    """One channel, one state, constant coefficients: h_t is a geometric sum."""
+    ones = torch.ones(1, 1, 6, dtype=torch.float64)
+    A = torch.full((1, 1), -0.5, dtype=torch.float64)
+    out, state = reference.scan(ones, ones * 0.2, A, ones * 3, ones * 2, None, None, None, False, 1)
+    decay = torch.exp(torch.tensor(-0.1, dtype=torch.float64))
+    h = torch.stack([0.2 * 3 * sum(decay**k for k in range(t + 1)) for t in range(6)])
+    assert error(out[0, 0], 2 * h) < 1e-14
+    assert error(state[0, 0, 0], h[-1]) < 1e-14

@@ -97,12 +97,12 @@ def _features(args: argparse.Namespace) -> int:
 def _write_features(args: argparse.Namespace, features: dict) -> None:
     """Writes 'features' [files, D], and the files' names in the metadata; whole or not at all."""
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     metadata = {"files": json.dumps(list(features)), "model": args.model, "checkpoint": str(args.checkpoint or "")}
     with tempfile.TemporaryDirectory(dir=args.output.parent, prefix=".etmamba-") as folder:
-        draft = Path(folder) / "features.safetensors"
-        save_file({"features": torch.stack(list(features.values()))}, draft, metadata)
+        draft = Path(folder) / args.output.name
+        draft.write_bytes(save({"features": torch.stack(list(features.values()))}, metadata))
         os.replace(draft, args.output)
 
 
@@ -120,8 +120,6 @@ def _set_up(args: argparse.Namespace, need_classifier: bool) -> tuple:
     model = load_model(
         args.model, args.checkpoint, allow_untrained=args.allow_untrained, need_classifier=need_classifier
     )
-    if args.allow_untrained:
-        print("etmamba: if the model has no trained weights, these results are random", file=sys.stderr)
     dtype = None if args.dtype == "float32" else getattr(torch, args.dtype)
     return model.to(device), {"num_clips": args.num_clips, "num_crops": args.num_crops, "dtype": dtype}
 

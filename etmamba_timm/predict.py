@@ -6,6 +6,7 @@
 """
 
 import contextlib
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from torch import Tensor
 from .data import EvalTransform, VideoReader, sample_clips
 from .models import EtMamba, checkpoint_filter_fn
 from .models.convert import from_videomamba
+
+_logger = logging.getLogger(__name__)
 
 STRIDE = 2  # frames from one that is sampled to the next (paper 4.2)
 
@@ -54,6 +57,8 @@ def load_model(
                 f"{name!r} has no trained weights, so its results would be random. Give a checkpoint, or a model that "
                 "has weights (hf-hub:ORG/NAME, local-dir:FOLDER); or allow an untrained one"
             )
+        if not trained:
+            _logger.warning("%s has no trained weights: its results are random", name)
         model = timm.create_model(name, pretrained=trained)
         has_classifier = trained and getattr(model, "num_classes", 0) > 0
     if not isinstance(model, EtMamba):
@@ -122,8 +127,9 @@ def _over_views(
     transform = EvalTransform.from_model(model, size=model.img_size)
     weight = model.cls_token
     autocast = torch.autocast(weight.device.type, dtype) if dtype else contextlib.nullcontext()
+    video = VideoReader(path)
     results = []
-    with VideoReader(path) as video, torch.inference_mode(), autocast:
+    with torch.inference_mode(), autocast:
         for indices in sample_clips(video.info.num_frames, model.num_frames, STRIDE, num_clips):
             views = transform(video.read(indices), num_crops)
             results.append(function(views.to(weight.device, weight.dtype)).cpu())

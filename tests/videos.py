@@ -73,7 +73,8 @@ def write_video(
             stream.height, stream.width = height >> s, width >> s
             stream.pix_fmt = pix_fmt
             stream.codec_context.time_base = base
-            stream.options = {"g": str(gop), "bf": str(b_frames), **(options or {})}
+            steady = {"sc_threshold": "0"} if codec == "libx264" else {}  # keyframes at multiples of gop only
+            stream.options = {"g": str(gop), "bf": str(b_frames), **steady, **(options or {})}
             outputs.append(stream)
         for i, time in zip(range(num_frames), times, strict=True):
             for stream in outputs:

@@ -55,7 +55,7 @@ def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         ) from error
     with container:
         streams = list(container.streams.video)
-        streams = [stream for stream in streams if not int(getattr(stream, "disposition", 0)) & _ATTACHED_PICTURE]
+        streams = [stream for stream in streams if not int(getattr(stream, "disposition", 0) or 0) & _ATTACHED_PICTURE]
         if not streams:
             kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
             raise VideoError(f"{path}: has no video stream (it holds {kinds}); name a file with pictures")

@@ -4,9 +4,9 @@
 def sample_clips(num_video_frames: int, num_frames: int = 16, stride: int = 2, num_clips: int = 1) -> list[list[int]]:
     """Dense sampling: the frame numbers of `num_clips` clips of `num_frames` frames each, `stride` frames apart.
 
-    A clip spans `(num_frames - 1) * stride + 1` frames. One clip stands in the video's middle; the starts of several are
-    spread evenly from the first one possible to the last, both included (rounded down), so that in a short video they
-    overlap. In a video shorter than the span, every clip starts at frame 0 and repeats the last frame at its end.
+    A clip spans `(num_frames - 1) * stride + 1` frames. One clip stands in the video's middle; the starts of several
+    are spread evenly from the first one possible to the last, both included (rounded down), so that in a short video
+    they overlap. In a video shorter than the span, every clip starts at frame 0 and repeats the last frame at its end.
 
     Returns:
         `num_clips` lists of `num_frames` numbers, each list ascending and within 0 ... num_video_frames - 1.

@@ -72,7 +72,7 @@ class EvalTransform:
         """
         if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.numel():
             raise ValueError(
-                f"frames are {frames.dtype} {list(frames.shape)}; give uint8 [T, H, W, 3] RGB, as a VideoReader reads them"
+                f"frames are {frames.dtype} {list(frames.shape)}; give uint8 [T, H, W, 3] RGB, as VideoReader reads"
             )
         if num_crops not in (1, 3):
             raise ValueError(f"num_crops is {num_crops}; use 1 (centre) or 3 (start, centre, end)")

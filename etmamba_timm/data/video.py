@@ -11,9 +11,7 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from operator import index as as_index
-from operator import itemgetter
 from pathlib import Path
 
 import av
@@ -116,19 +114,16 @@ class VideoReader:
             )
         rows = {number: row for row, number in enumerate(wanted)}
         pictures = np.empty((len(wanted), info.height, info.width, 3), dtype=np.uint8)
-        lost = self._read_exactly(rows, pictures)
-        for number in lost:  # ascending, so that the row before is filled
-            row = rows[number]
-            frame = self._stand_in(number, known=wanted[row - 1] if row else -1)
-            pictures[row] = pictures[row - 1] if frame is None else self._picture(frame)
+        missed = self._read_from_keyframes(rows, pictures)
+        lost = self._read_from_start(missed, rows, pictures) if missed else 0
         if lost:
-            self._warn(f"{len(lost)} of {len(wanted)} wanted frames cannot be decoded; the nearest ones stand in")
+            self._warn(f"{lost} of {len(wanted)} wanted frames cannot be decoded; the nearest ones stand in")
         result = torch.from_numpy(pictures)
         return result if indices == wanted else result[[rows[i] for i in indices]]
 
-    def _read_exactly(self, rows: dict[int, int], pictures: np.ndarray) -> list[int]:
-        """Fill `pictures[row]` for each of `{number: row}`, ascending; return the numbers that are not to be had."""
-        todo, lost = deque(rows), []
+    def _read_from_keyframes(self, rows: dict[int, int], pictures: np.ndarray) -> list[int]:
+        """Fill `pictures[row]` for each of `{number: row}`, ascending; return the numbers of frames that did not come."""
+        todo, missed = deque(rows), []
         while todo:
             start = self._key_before(todo[0])
             for number, frame in self._numbered(start):
@@ -136,28 +131,32 @@ class VideoReader:
                     pictures[rows[number]] = self._picture(frame)
                     todo.remove(number)
                 while todo and todo[0] < number - _LATE:
-                    lost.append(todo.popleft())
+                    missed.append(todo.popleft())
                 if not todo or self._key_before(todo[0]) > max(start, number + _NEAR):
                     break  # done, or the next one is had sooner from a later keyframe
             else:
-                lost += todo
+                missed += todo
                 todo.clear()
-        return lost
+        return missed
 
-    def _stand_in(self, number: int, known: int) -> av.VideoFrame | None:
-        """The decodable frame nearest before `number`, else after it; None: frame `known` before it is as near."""
-        start, end = self._key_before(number), number
-        while True:
-            frames = takewhile(lambda item, end=end: item[0] < end, self._numbered(start))
-            last = max((item for item in frames if item[0] >= start), key=itemgetter(0), default=None)
-            if last is not None and last[0] > known:
-                return last[1]
-            if start <= known:
-                return None
-            if start == 0:
+    def _read_from_start(self, missed: list[int], rows: dict[int, int], pictures: np.ndarray) -> int:
+        """Fill in these frames, ascending, with themselves or a stand-in; return the number of stand-ins.
+
+        A frame may not have come because it is damaged, but also because a stream calls frames keyframes that are none.
+        """
+        todo, stand_ins, before = deque(missed), 0, None
+        for number, frame in self._numbered(0):
+            while todo and todo[0] < number:
+                pictures[rows[todo.popleft()]] = self._picture(before or frame)
+                stand_ins += 1
+            if not todo:
                 break
-            start, end = self._key_before(start - 1), start
-        return next(frame for i, frame in self._numbered(self._key_before(number)) if i > number)
+            if todo[0] == number:
+                pictures[rows[todo.popleft()]] = self._picture(frame)
+            before = frame
+        for number in todo:
+            pictures[rows[number]] = self._picture(before)
+        return stand_ins + len(todo)
 
     def _key_before(self, number: int) -> int:
         """The last frame, up to `number`, that decoding can start from."""

@@ -69,17 +69,18 @@ class EtMamba(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        for name, value in (
-            ("num_frames", num_frames),
-            ("in_chans", in_chans),
-            ("patch_size", patch_size),
-            ("embed_dim", embed_dim),
-            ("depth", depth),
-            ("d_state", d_state),
-            ("expand", expand),
+        for name, value, least in (
+            ("num_frames", num_frames, 1),
+            ("in_chans", in_chans, 1),
+            ("num_classes", num_classes, 0),
+            ("patch_size", patch_size, 1),
+            ("embed_dim", embed_dim, 1),
+            ("depth", depth, 1),
+            ("d_state", d_state, 1),
+            ("expand", expand, 1),
+            ("d_conv", d_conv, 0),
         ):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+            _at_least(name, value, least)
         _lookup("global_pool", global_pool, POOLS)
         stem_layer, block_layer = _lookup("stem", stem, STEMS), _lookup("block", block, BLOCKS)
 
@@ -248,6 +249,7 @@ class EtMamba(nn.Module):
             self.img_size, self.grid_size = img_size, grid_size
             update_model_input_size(self, img_size)
         if num_frames is not None:
+            _at_least("num_frames", num_frames, 1)
             old = self.temporal_pos_embedding
             resampled = resample_temporal(old.detach(), num_frames)
             self.temporal_pos_embedding = nn.Parameter(resampled, requires_grad=old.requires_grad)
@@ -309,6 +311,11 @@ def _init_linear(module: nn.Module, name: str = "") -> None:
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name} is {value}; it must be at least {least}")
 
 
 def _lookup(argument: str, name: str, table):

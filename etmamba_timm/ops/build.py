@@ -28,9 +28,9 @@ _logger = logging.getLogger(__name__)
 
 COMPILERS = ("c++", "g++", "clang++")
 # No -ffast-math: with GCC it also links code that changes how the whole process treats denormal numbers.
-FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
-# Tried in turn: some compilers know the second but not the first, or neither.
-NATIVE_FLAGS = (("-march=native",), ("-mcpu=native",), ())
+FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-fno-trapping-math")
+# Tried in turn: some compilers know only another name for the native processor, or come without OpenMP.
+OPTIONAL_FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
 _SCHEME = 1  # raise it when libraries must be built anew although source, flags and processor are the same
 _CPUINFO = {  # the lines of /proc/cpuinfo that a native build depends on: x86, Arm, and the others
     *("vendor_id", "cpu family", "model", "model name", "stepping", "flags"),
@@ -71,7 +71,7 @@ def load(source: Path) -> ctypes.CDLL:
     Raises: BuildError.
     """
     text = source.read_bytes()
-    key = _digest(repr((_SCHEME, FLAGS, NATIVE_FLAGS, _processor(), text)).encode())
+    key = _digest(repr((_SCHEME, FLAGS, OPTIONAL_FLAGS, _processor(), text)).encode())
     name, folder = f"{source.stem}-{key}", cache_dir()
     try:
         library = _cached(folder, name)
@@ -156,8 +156,8 @@ def _compile(source: Path, made: Path) -> None:
         raise BuildError(f"CXX={os.environ['CXX']} isn't a command: {error}; {_SET_CXX}") from error
     work = str(source.parent)  # the compiler's own temporary files go there as well
     env = {**os.environ, "LC_ALL": "C", "TMPDIR": work, "TMP": work, "TEMP": work}
-    for native in NATIVE_FLAGS:
-        command = [*compiler, *FLAGS, *native, str(source), "-o", str(made)]
+    for optional in OPTIONAL_FLAGS:
+        command = [*compiler, *FLAGS, *optional, str(source), "-o", str(made)]
         try:
             done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True)
         except OSError as error:

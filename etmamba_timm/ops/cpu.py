@@ -160,11 +160,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, dout, _state, _chunk_states):
-    D, z, delta_bias = ctx.saved_tensors[5:8]
-    grads = list(_backward(dout, *ctx.saved_tensors, ctx.delta_softplus, ctx.reverse_from))
-    for i, given in ((5, D), (6, z), (7, delta_bias)):
-        if given is None:
-            grads[i] = None
+    saved = ctx.saved_tensors  # once: a checkpoint hands them out a single time
+    grads = _backward(dout, *saved, ctx.delta_softplus, ctx.reverse_from)
+    grads = [None if tensor is None else grad for tensor, grad in zip(saved, grads, strict=False)]
     return (*grads, None, None, None)
 
 

@@ -10,6 +10,10 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
+#ifndef _OPENMP
+#include <atomic>
+#include <thread>
+#endif
 
 namespace {
 
@@ -37,6 +41,7 @@ struct Args {                   // must match cpu.py
 };
 
 struct bfloat16 { uint16_t bits; };
+struct float16 { uint16_t bits; };  // not every compiler has one of its own
 
 template <typename S> struct Lanes;
 template <> struct Lanes<float> {
@@ -116,7 +121,17 @@ template <typename V> inline V sigmoid(V x) { return 1 / (1 + vexp(-x)); }
 
 inline float to_float(float x) { return x; }
 inline double to_float(double x) { return x; }
-inline float to_float(_Float16 x) { return (float)x; }
+inline float to_float(float16 x) {
+    uint32_t magnitude = (uint32_t)(x.bits & 0x7fff) << 13, bits;
+    float y;
+    std::memcpy(&y, &magnitude, 4);
+    y *= 0x1p112f;  // from a bias of 15 to one of 127; exact, for subnormal numbers too
+    std::memcpy(&bits, &y, 4);
+    if (magnitude >= 0x0f800000u) bits = magnitude | 0x7f800000u;  // infinity, not a number
+    bits |= (uint32_t)(x.bits & 0x8000) << 16;
+    std::memcpy(&y, &bits, 4);
+    return y;
+}
 inline float to_float(bfloat16 x) {
     uint32_t bits = (uint32_t)x.bits << 16;
     float y;
@@ -130,6 +145,19 @@ template <> inline bfloat16 from_float<bfloat16>(double v) {
     std::memcpy(&bits, &x, 4);
     uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest even
     return {(uint16_t)(x != x ? 0x7fc0 : rounded)};
+}
+template <> inline float16 from_float<float16>(double v) {  // to nearest even
+    float x = (float)v, magnitude;
+    uint32_t bits, subnormal;
+    std::memcpy(&bits, &x, 4);
+    const uint32_t sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffff;
+    std::memcpy(&magnitude, &bits, 4);
+    magnitude += 0.5f;  // whose last place is a subnormal half's: the addition rounds
+    std::memcpy(&subnormal, &magnitude, 4);
+    uint32_t half = bits < 0x38800000u ? subnormal - 0x3f000000u : (bits - 0x38000000u + 0xfffu + (bits >> 13 & 1)) >> 13;
+    if (bits >= 0x47800000u) half = bits > 0x7f800000u ? 0x7e00u : 0x7c00u;
+    return {(uint16_t)(sign | half)};
 }
 
 template <typename T, typename S> inline Vec<S> load(const Strided& s, int64_t b, int64_t channel, int64_t t, int count) {
@@ -175,9 +203,18 @@ inline Range blocks_of(const Args& a, int64_t group, int64_t blocks) {
 }
 
 template <typename Task> void run_tasks(const Args& a, Task task) {
-    int64_t tasks = a.batch * a.groups;
+    const int64_t tasks = a.batch * a.groups;
+#ifdef _OPENMP  // PyTorch's own pool of threads, where it is GNU's
 #pragma omp parallel for schedule(dynamic, 1) num_threads((int)a.threads)
     for (int64_t i = 0; i < tasks; ++i) task(i / a.groups, i % a.groups);
+#else
+    std::atomic<int64_t> next{0};
+    const auto work = [&] { for (int64_t i; (i = next++) < tasks;) task(i / a.groups, i % a.groups); };
+    std::vector<std::thread> helpers;
+    for (int64_t i = 1; i < std::min(a.threads, tasks); ++i) helpers.emplace_back(work);
+    work();
+    for (auto& helper : helpers) helper.join();
+#endif
 }
 
 template <typename S, int FIXED> struct Sizes {
@@ -359,7 +396,7 @@ int etmamba_scan(const Args* a, int dtype, int is_backward) {
     switch (dtype) {
         case 0: run<float, float>(*a, is_backward); return 0;
         case 1: run<bfloat16, float>(*a, is_backward); return 0;
-        case 2: run<_Float16, float>(*a, is_backward); return 0;
+        case 2: run<float16, float>(*a, is_backward); return 0;
         case 3: run<double, double>(*a, is_backward); return 0;
     }
     return 1;

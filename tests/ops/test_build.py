@@ -134,14 +134,14 @@ def test_another_source_text_is_another_library(source, cache):
     assert len(libraries(cache)) == 2
 
 
-@pytest.mark.parametrize("name", ["_processor", "FLAGS", "NATIVE_FLAGS", "_SCHEME"])
+@pytest.mark.parametrize("name", ["_processor", "FLAGS", "OPTIONAL_FLAGS", "_SCHEME"])
 def test_another_processor_or_other_flags_are_another_library(source, cache, monkeypatch, wrap, name):
     log = wrap('echo compiled >> "$CXX_LOG"', f'exec {COMPILER} "$@"')
     build.load(source)
     other = {
         "_processor": lambda: "a processor of another machine in the cluster",
         "FLAGS": (*build.FLAGS, "-DOTHER"),
-        "NATIVE_FLAGS": ((),),
+        "OPTIONAL_FLAGS": ((),),
         "_SCHEME": build._SCHEME + 1,
     }
     monkeypatch.setattr(build, name, other[name])

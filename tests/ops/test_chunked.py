@@ -61,33 +61,40 @@ def results(scan, args: list[Tensor | None], softplus: bool, reverse_from: int) 
     args = [t if t is None else t.detach().requires_grad_() for t in args]
     out, state = scan(*args, softplus, reverse_from)
     generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(t.shape, generator=generator).to(t.dtype) for t in (out, state)]
+    weights = [torch.randint(-8, 9, t.shape, generator=generator).to(t.dtype) / 4 for t in (out, state)]  # exact
     given = {name: t for name, t in zip(NAMES, args, strict=True) if t is not None}
     grads = torch.autograd.grad((out, state), list(given.values()), weights)
     return {"out": out.detach(), "state": state.detach()} | dict(zip(given, grads, strict=True))
 
 
-def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], dtype: torch.dtype) -> None:
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert found[name].shape == value.shape
-        error = (found[name].double() - value).abs().max()
-        tolerance = (PARAMETER_TOLERANCE if name in PARAMETERS else TOLERANCE)[dtype]
-        assert error <= tolerance * value.abs().max(), f"{name}: {error / value.abs().max():.1e} > {tolerance}"
+def error(found: Tensor, wanted: Tensor) -> Tensor:
+    assert found.shape == wanted.shape
+    return (found.double() - wanted).abs().max()
 
 
 def check(args: list[Tensor | None], softplus: bool = True, reverse_from: int = 1) -> None:
-    """Holds both wide dtypes to the reference in float64."""
+    """Holds both wide dtypes to the reference in float64.
+
+    A sum may cancel, above all where the width is 1 and the largest value is the only one. Where the reference in
+    float32 misses the tolerance itself, twice its error is allowed.
+    """
     wanted = results(reference.scan, args, softplus, reverse_from)
     for dtype in (torch.float64, torch.float32):
-        assert_close(results(chunked.scan, cast(args, dtype), softplus, reverse_from), wanted, dtype)
+        found = results(chunked.scan, cast(args, dtype), softplus, reverse_from)
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            tolerance = (PARAMETER_TOLERANCE if name in PARAMETERS else TOLERANCE)[dtype] * value.abs().max()
+            if error(found[name], value) > tolerance and dtype == torch.float32:
+                own = results(reference.scan, cast(args, dtype), softplus, reverse_from)[name]
+                tolerance = max(tolerance, 2 * error(own, value))
+            assert error(found[name], value) <= tolerance, name
 
 
 def sizes(block: int, operation: int):
     return mock.patch.multiple(chunked, BLOCK=block, OPERATION=operation)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     batch=st.integers(1, 4),
     width=st.integers(1, 9),
@@ -118,9 +125,9 @@ def test_lengths_around_the_cuts(length, operation):
 
 
 def test_sizes_it_ships_with():
-    """S, without a patch: several blocks of several chunks."""
-    args = make(2, 192, 197, 16, transposed=True)
-    blocks, chunks, steps = chunked._cut(197, 2 * 192 * 16, True)
+    """Without a patch: several blocks of several chunks."""
+    args = make(1, 192, 197, 16, transposed=True)
+    blocks, chunks, steps = chunked._cut(197, 192 * 16, True)
     assert min(blocks, chunks, steps) > 1
     check(args)
 
@@ -135,17 +142,16 @@ def test_half_types_are_rounded_once(dtype, reverse_from):
     assert found["state"].dtype == found["A"].dtype == torch.float32
     for name in set(NAMES) | {"out"}:
         tolerance = 1e-4 if name in PARAMETERS else torch.finfo(dtype).eps
-        assert (found[name] - wanted[name]).abs().max() <= tolerance * wanted[name].abs().max(), name
+        assert error(found[name], wanted[name]) <= tolerance * wanted[name].abs().max(), name
 
 
 @pytest.mark.parametrize("softplus", [False, True])
 def test_steps_of_any_size(softplus):
-    """Δ of 1000 forgets everything, Δ of 0 nothing; decays of both kinds stand side by side."""
+    """Δ of 1000 forgets everything, Δ of 0 nothing: side by side in time, and each on its own in a channel."""
     args = make(2, 4, 120, 3, without=("delta_bias",))
-    args[1] = torch.where(args[0] > 0, 1e3, 0.0).double()
-    args[1][0, 0], args[1][0, 1] = 1e3, 0.0
-    if softplus:
-        args[1][args[1] == 0] = -1e3
+    sizes_of_step = torch.tensor([1e3, -2.0, -1e3] if softplus else [1e3, 0.1, 0.0]).double()
+    args[1] = sizes_of_step[torch.arange(2 * 4 * 120).mul(7).remainder(11).remainder(3).view(2, 4, 120)]
+    args[1][:, 0], args[1][:, 1] = sizes_of_step[0], sizes_of_step[2]
     with sizes(2**10, 2**9):
         found = results(chunked.scan, cast(args, torch.float32), softplus, 1)
         assert all(t.isfinite().all() for t in found.values())
@@ -194,16 +200,17 @@ class LargestTensor(TorchDispatchMode):
 
 def test_memory():
     """Neither direction holds anything near [B, D, N, L], nor keeps it."""
-    args = [t.requires_grad_() for t in cast(make(1, 192, 1500, 16), torch.float32)]
-    naive = 192 * 1500 * 16
+    args = [t.requires_grad_() for t in cast(make(1, 64, 500, 16), torch.float32)]
+    naive = 64 * 500 * 16
     kept = {}
 
     def keep(t: Tensor) -> Tensor:
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes() // t.itemsize
         return t
 
-    with LargestTensor() as largest, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        out, _ = chunked.scan(*args, True, 0)
+    with sizes(2**15, 2**13), LargestTensor() as largest:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            out, _ = chunked.scan(*args, True, 0)
         out.sum().backward()
     assert largest.numel < 0.5 * naive  # the backward's four buffers of a block
     assert sum(kept.values()) < naive

@@ -1,0 +1,237 @@
+"""The model class: what timm and its users ask of a model, any clip, bad clips, and the same result every way."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+
+import etmamba_timm  # noqa: F401
+
+NAMES = ["videomamba_ti", "videomamba_ti_stfp", "etmamba_ti_ebs", "etmamba_ti"]
+SMALL = {"img_size": 32, "num_frames": 2, "embed_dim": 16, "depth": 3, "num_classes": 5}
+
+
+def small(name: str, **arguments) -> torch.nn.Module:
+    """A small model of the row `name` in evaluation mode, with every parameter drawn at random."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **(SMALL | arguments)).eval()
+    with torch.no_grad():
+        for parameter_name, p in model.named_parameters():
+            if "A_" not in parameter_name:
+                p.add_(0.2 * torch.randn_like(p))
+    return model
+
+
+@pytest.fixture
+def clip() -> torch.Tensor:
+    return torch.randn(2, 3, 2, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+class TestEveryRow:
+    def test_pooling_and_head(self, name, clip):
+        model = small(name)
+        tokens = model.forward_features(clip)
+        assert tokens.shape == (2, 1 + 2 * 2 * 2, 16)
+        assert torch.equal(model.forward_head(tokens, pre_logits=True), tokens[:, 0])
+        assert torch.equal(model(clip), model.head(tokens[:, 0]))
+        model.reset_classifier(7, "avg")
+        assert torch.equal(model(clip), model.head(tokens[:, 1:].mean(1)))
+        model.reset_classifier(0)
+        assert torch.equal(model(clip), tokens[:, 1:].mean(1))
+        assert isinstance(model.get_classifier(), torch.nn.Identity)
+        model.reset_classifier(0, "")
+        assert torch.equal(model(clip), tokens)
+
+    def test_image_is_a_clip_of_one_frame(self, name, clip):
+        model = small(name)
+        assert torch.equal(model(clip[:, :, 0]), model(clip[:, :, :1]))
+
+    @pytest.mark.parametrize("shape", [(1, 32, 32), (5, 32, 32), (2, 48, 32), (3, 16, 80)])
+    def test_any_number_of_frames_and_any_size(self, name, shape):
+        model = small(name)
+        t, h, w = shape
+        x = torch.randn(1, 3, *shape)
+        assert model.forward_features(x).shape == (1, 1 + t * h // 16 * w // 16, 16)
+        resized = copy.deepcopy(model)
+        resized.set_input_size(img_size=(h, w), num_frames=t)
+        assert (resized.num_frames, resized.img_size) == (t, (h, w))
+        torch.testing.assert_close(resized(x), model(x))
+
+    def test_intermediates(self, name, clip):
+        model = small(name)
+        final, maps = model.forward_intermediates(clip)
+        assert torch.equal(final, model.forward_features(clip))
+        assert [tuple(m.shape) for m in maps] == [(2, 16, 2, 2, 2)] * 3
+        normed, prefix = model.forward_intermediates(
+            clip, indices=[-1], norm=True, return_prefix_tokens=True, intermediates_only=True
+        )[0]
+        assert torch.equal(torch.cat([prefix, normed.flatten(2).transpose(1, 2)], 1), final)
+        (first,) = model.forward_intermediates(clip, indices=[0], stop_early=True, intermediates_only=True)
+        assert torch.equal(first, maps[0])
+        (last,) = model.forward_intermediates(clip, indices=1, output_fmt="NLC", intermediates_only=True)
+        assert torch.equal(last, maps[2].flatten(2).transpose(1, 2))
+        assert model.forward_intermediates(clip[:, :, 0], intermediates_only=True)[0].shape == (2, 16, 2, 2)
+
+    def test_features_only(self, name, clip):
+        torch.manual_seed(0)
+        model = timm.create_model(name, **SMALL, features_only=True, out_indices=(0, 2)).eval()
+        assert model.feature_info.channels() == [16, 16]
+        assert model.feature_info.reduction() == [16, 16]
+        assert model.feature_info.module_name() == ["blocks.0", "blocks.2"]
+        assert [tuple(m.shape) for m in model(clip)] == [(2, 16, 2, 2, 2)] * 2
+
+    def test_pruning(self, name, clip):
+        model = small(name)
+        expected = model.forward_intermediates(clip, indices=[1], intermediates_only=True)[0]
+        assert model.prune_intermediate_layers([1], prune_norm=True) == [1]
+        assert len(model.blocks) == 2
+        assert torch.equal(model(clip)[:, 1:], expected.flatten(2).transpose(1, 2))
+
+    def test_checkpointing_changes_nothing_but_memory(self, name, clip):
+        model = small(name, drop_path_rate=0.0).train()
+        expected = torch.autograd.grad(model(clip).square().sum(), list(model.parameters()))
+        model.set_grad_checkpointing()
+        grads = torch.autograd.grad(model(clip).square().sum(), list(model.parameters()))
+        torch.testing.assert_close(grads, expected)
+
+    def test_float64_agrees_with_float32(self, name, clip):
+        model = small(name)
+        expected = copy.deepcopy(model).double()(clip.double())
+        assert expected.dtype == torch.float64
+        assert (model(clip) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+    def test_bfloat16_as_a_whole_and_by_autocast(self, name, clip):
+        model = small(name)
+        expected = model(clip)
+        with torch.autocast("cpu", torch.bfloat16):
+            autocast = model(clip)
+        whole = model.bfloat16()(clip.bfloat16())
+        assert whole.dtype == torch.bfloat16
+        for out in (autocast, whole):
+            assert (out.float() - expected).abs().max() <= 0.05 * expected.abs().max()
+
+    def test_compiled_agrees_with_eager(self, name, clip):
+        """The graph and its gradients in one piece; code generation is tested on one model below."""
+        model = small(name, depth=1).train()
+        out, expected = torch.compile(model, backend="aot_eager", fullgraph=True)(clip), model(clip)
+        torch.testing.assert_close(out, expected)
+        grads = [torch.autograd.grad(y.square().sum(), list(model.parameters())) for y in (out, expected)]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+    def test_gradients_reach_every_parameter(self, name, clip):
+        model = small(name, global_pool="avg", drop_path_rate=0.0).train()
+        model(clip).square().sum().backward()
+        assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+    def test_what_the_class_token_leaves_without_gradient(self, name, clip):
+        """In the last block it alone is read. It has no neighbours, so the local convolutions feed nothing; and it is
+        first, so a forward SSM of its own starts and ends there and has nothing to forget."""
+        model = small(name, drop_path_rate=0.0).train()
+        model(clip).square().sum().backward()
+        without = {n for n, p in model.named_parameters() if not p.grad.any()}
+        idle = {
+            "videomamba_ti": ("blocks.2.mixer.A_log",),
+            "videomamba_ti_stfp": ("blocks.2.mixer.A_log",),
+            "etmamba_ti_ebs": (),
+            "etmamba_ti": ("blocks.2.local.proj", "blocks.2.local.conv"),
+        }[name]
+        assert without == {n for n, _ in model.named_parameters() if n.startswith(idle or ("none",))}
+
+    def test_both_directions_are_live(self, name, clip):
+        """The last patch reaches the first and the first the last, through the mixers alone."""
+        model = small(name, stem="none")
+        before = model.forward_features(clip)
+        for changed, watched in (((..., 1, slice(16, 32), slice(16, 32)), 1), ((..., 0, slice(0, 16), slice(0, 16)), -1)):
+            x = clip.clone()
+            x[changed] += 1
+            assert ((model.forward_features(x) - before)[:, watched].abs() > 1e-6).any()
+
+    def test_batch_rows_do_not_mix(self, name, clip):
+        model = small(name)
+        torch.testing.assert_close(model(clip)[:1], model(clip[:1]))
+
+    def test_weight_decay_and_layer_decay(self, name):
+        model = small(name)
+        optimizer = create_optimizer_v2(model, "adamw", lr=1.0, weight_decay=0.05, layer_decay=0.5)
+        names = {id(p): n for n, p in model.named_parameters()}
+        groups = {names[id(p)]: g for g in optimizer.param_groups for p in g["params"]}
+        assert set(groups) == set(names.values())
+        for parameter_name, group in groups.items():
+            leaf = parameter_name.rpartition(".")[2]
+            decays = leaf == "weight" and "norm" not in parameter_name
+            assert (group["weight_decay"] > 0) == decays, parameter_name
+        scale = {n: g["lr_scale"] for n, g in groups.items()}
+        assert scale["head.weight"] == 1.0
+        assert scale["cls_token"] == scale["patch_embed.proj.weight"] < scale["blocks.0.norm.weight"]
+        assert scale["blocks.0.mixer.A_log"] == 0.5 * scale["blocks.1.mixer.A_log"]
+
+    @pytest.mark.parametrize("in_chans", [1, 4])
+    def test_other_channels(self, name, in_chans):
+        model = small(name, in_chans=in_chans)
+        assert model(torch.randn(1, in_chans, 2, 32, 32)).shape == (1, 5)
+
+
+def test_code_generation_agrees_with_eager(clip):
+    model = small("etmamba_ti", depth=1)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model)(clip), model(clip), rtol=1e-4, atol=1e-5)
+
+
+def test_export(clip):
+    model = small("etmamba_ti")
+    torch.testing.assert_close(torch.export.export(model, (clip,)).module()(clip), model(clip))
+
+
+def test_one_channel_leaves_the_stem_out_and_says_so(caplog):
+    model = small("etmamba_ti", in_chans=1)
+    assert isinstance(model.stem, torch.nn.Identity)
+    assert "in_chans=1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("clip", "message"),
+    [
+        (torch.zeros(3, 32, 32), r"input is \(3, 32, 32\); it must be a clip \[B, C, T, H, W\] or an image"),
+        (torch.zeros(1, 1, 3, 2, 32, 32), "it must be a clip"),
+        (torch.zeros(1, 3, 2, 32, 32, dtype=torch.uint8), "clip is torch.uint8; the model takes normalised floats"),
+        (torch.zeros(1, 4, 2, 32, 32), "has 4 channels; this model takes 3, in dimension 1"),
+        (torch.zeros(1, 2, 3, 32, 32), r"it looks like \[B, T, C, H, W\], so permute it"),
+        (torch.zeros(1, 3, 2, 30, 32), "clip is 30×32; height and width must be multiples of 16"),
+        (torch.zeros(1, 3, 30, 40), "clip is 30×40"),
+        (torch.zeros(0, 3, 2, 32, 32), "is empty; it needs at least one sample"),
+        (torch.zeros(1, 3, 0, 32, 32), "is empty"),
+        (torch.zeros(1, 3, 2, 0, 32), "is empty"),
+    ],
+)
+def test_clips_that_do_not_fit(clip, message):
+    with pytest.raises(ValueError, match=message):
+        small("etmamba_ti")(clip)
+
+
+@pytest.mark.parametrize("argument", [{"img_size": 40}, {"num_frames": 0}])
+def test_set_input_size_refuses_what_makes_no_model(argument):
+    model = small("etmamba_ti")
+    with pytest.raises(ValueError, match=r"must be"):
+        model.set_input_size(**argument)
+    assert (model.num_frames, model.img_size) == (2, (32, 32))
+
+
+def test_initialisation():
+    """Output projections are divided by √depth; Δ starts within Mamba's bounds; A is -1 … -16; D is 1."""
+    torch.manual_seed(0)
+    model = timm.create_model("etmamba_ti", embed_dim=64, depth=4, img_size=32, num_frames=2)
+    for block in model.blocks:
+        assert block.mixer.in_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
+        assert block.mixer.out_proj.weight.std().item() == pytest.approx(0.01, rel=0.05)
+        assert block.fuse.weight.std().item() == pytest.approx(0.01, rel=0.05)
+        dt = torch.nn.functional.softplus(block.mixer.dt_proj.bias)
+        assert 0.00099 < dt.min() < dt.max() < 0.1001
+        assert block.mixer.dt_proj.weight.abs().max() <= 4**-0.5
+        assert torch.allclose(-block.mixer.A_log.exp(), -torch.arange(1.0, 17.0).expand(64, 16))
+        assert (block.mixer.D == 1).all()
+    assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.1)
+    drop_path = [block.drop_path.drop_prob for block in model.blocks]
+    assert drop_path == pytest.approx([0, 0.1 / 3, 0.2 / 3, 0.1])

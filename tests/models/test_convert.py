@@ -1,0 +1,114 @@
+"""VideoMamba's weights in our model, and weights made for other clips."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from etmamba_timm.models import checkpoint_filter_fn
+from etmamba_timm.models.convert import adapt_in_chans, from_videomamba, unwrap
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "videomamba_small_f4.safetensors"
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict:
+    """Upstream's own weights, input and output: {"config", "weights", "input", "features", "logits"}."""
+    tensors = load_file(GOLDEN)
+    with safe_open(GOLDEN, "pt") as file:
+        config = json.loads(file.metadata()["config"])
+    assert config.pop("kernel_size") == 1
+    weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    return {"config": config, "weights": weights, **{k: tensors[k] for k in ("input", "features", "logits")}}
+
+
+def build(golden: dict, **arguments) -> torch.nn.Module:
+    return timm.create_model("videomamba_ti", **(golden["config"] | arguments)).eval()
+
+
+def loaded(golden: dict, weights: dict | None = None, **arguments) -> torch.nn.Module:
+    model = build(golden, **arguments)
+    model.load_state_dict(checkpoint_filter_fn(weights or golden["weights"], model))
+    return model
+
+
+def test_upstream_outputs_are_reproduced(golden):
+    model = loaded(golden)
+    with torch.no_grad():
+        assert (model.forward_features(golden["input"])[:, 0] - golden["features"]).abs().max() < 1e-5
+        assert (model(golden["input"]) - golden["logits"]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("wrap", [lambda w: {"model": w}, lambda w: {"module": {"model": w}}, lambda w: w], ids=str)
+def test_wrapped_state_dicts(golden, wrap):
+    assert unwrap(wrap(golden["weights"])).keys() == golden["weights"].keys()
+    prefixed = {"model." + k: v for k, v in golden["weights"].items()}
+    assert from_videomamba(prefixed).keys() == from_videomamba(golden["weights"]).keys()
+
+
+def test_every_key_is_accounted_for(golden):
+    model = build(golden)
+    assert checkpoint_filter_fn(golden["weights"], model).keys() == model.state_dict().keys()
+
+
+def test_our_own_state_dict_comes_back_as_it_is(golden):
+    model = build(golden)
+    own = model.state_dict()
+    converted = checkpoint_filter_fn(own, model)
+    assert converted.keys() == own.keys()
+    assert all(torch.equal(converted[k], own[k]) for k in own)
+
+
+def test_image_checkpoint(golden):
+    """2-D patch weights, no temporal embedding: an image gives what it gave."""
+    weights = {k: v for k, v in golden["weights"].items() if k != "temporal_pos_embedding"}
+    weights["patch_embed.proj.weight"] = weights["patch_embed.proj.weight"].squeeze(2)
+    model = loaded(golden, weights)
+    assert not model.temporal_pos_embedding.any()
+    still = dict(golden["weights"], temporal_pos_embedding=torch.zeros(1, 1, 48))
+    expected = loaded(golden, still, num_frames=1)
+    image = golden["input"][:, :, 0]
+    assert torch.equal(model(image), expected(image))
+
+
+def test_positions_are_resampled_when_weights_load(golden):
+    model = loaded(golden, img_size=(48, 64), num_frames=7)
+    original = loaded(golden)
+    x = torch.randn(1, 3, 7, 48, 64)
+    torch.testing.assert_close(model(x), original(x))
+
+
+@pytest.mark.parametrize("in_chans", [1, 2, 6])
+def test_other_channels_by_timms_rule(golden, in_chans):
+    weight = golden["weights"]["patch_embed.proj.weight"]
+    expected = timm.models.adapt_input_conv(in_chans, weight.squeeze(2)).unsqueeze(2)
+    torch.testing.assert_close(adapt_in_chans(weight, in_chans), expected)
+    assert loaded(golden, in_chans=in_chans)(torch.randn(1, in_chans, 4, 32, 32)).shape == (1, 7)
+
+
+@pytest.mark.parametrize("in_chans", [1, 4])
+def test_other_channels_keep_all_but_the_stem(in_chans):
+    kwargs = {"img_size": 32, "num_frames": 2, "embed_dim": 16, "depth": 1, "num_classes": 5}
+    source = timm.create_model("etmamba_ti", **kwargs)
+    model = timm.create_model("etmamba_ti", in_chans=in_chans, **kwargs)
+    model.load_state_dict(checkpoint_filter_fn(source.state_dict(), model))
+    assert torch.equal(model.blocks[0].fuse.weight, source.blocks[0].fuse.weight)
+
+
+def test_through_timms_own_loader(golden, tmp_path):
+    """`pretrained_cfg_overlay` with a file in upstream's form, and another number of classes."""
+    path = tmp_path / "videomamba.pth"
+    torch.save({"model": golden["weights"]}, path)
+    model = build(golden, pretrained=True, pretrained_cfg_overlay={"file": str(path), "num_classes": 7})
+    torch.testing.assert_close(model(golden["input"]), golden["logits"], rtol=0, atol=1e-5)
+    config = golden["config"] | {"num_classes": 3}
+    model = timm.create_model(
+        "videomamba_ti", pretrained=True, pretrained_cfg_overlay={"file": str(path), "num_classes": 7}, **config
+    ).eval()
+    assert model(golden["input"]).shape == (2, 3)
+    features = model.forward_features(golden["input"])[:, 0]
+    torch.testing.assert_close(features, golden["features"], rtol=0, atol=1e-5)

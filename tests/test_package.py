@@ -1,0 +1,53 @@
+"""What the package promises as a whole: a quiet import, and arrows that point one way."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import etmamba_timm
+
+PACKAGE = Path(etmamba_timm.__file__).parent
+# Who may import whom, among the parts of the package.
+MAY_IMPORT = {
+    "ops": set(),
+    "layers": {"ops"},
+    "data": set(),
+    "models": {"layers", "ops"},
+    "predict": {"data", "models"},
+    "cli": {"data", "models", "ops", "predict"},
+    "__init__": {"models"},
+}
+
+
+def test_import_is_quiet_and_light(tmp_path):
+    code = """
+import sys, etmamba_timm
+print(*(m for m in ('av', 'mamba_ssm', 'etmamba_timm.data', 'etmamba_timm.predict') if m in sys.modules), end='')
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_imports_point_one_way():
+    seen = set()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        relative = path.relative_to(PACKAGE)
+        part = relative.parts[0].removesuffix(".py")
+        seen.add(part)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                above = ("etmamba_timm", *relative.parts[:-1])[: len(relative.parts) + 1 - node.level]
+                target = [*above[1:], *(node.module or "").split(".")]
+                names = [target[0]] if target[0] else [alias.name for alias in node.names]
+                for name in names:
+                    imported = name if name in MAY_IMPORT else part
+                    assert imported == part or imported in MAY_IMPORT[part], f"{relative} imports {name}"
+    assert seen == set(MAY_IMPORT)
+
+
+def test_only_the_command_line_prints():
+    for path in PACKAGE.rglob("*.py"):
+        calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        prints = [n for n in calls if isinstance(n.func, ast.Name) and n.func.id == "print"]
+        assert path.name == "cli.py" or not prints, path

@@ -16,7 +16,7 @@ from timm.models import is_model_pretrained, load_state_dict
 from torch import Tensor
 
 from .data import EvalTransform, VideoReader, sample_clips
-from .models import EtMamba, checkpoint_filter_fn
+from .models import VARIANTS, EtMamba, checkpoint_filter_fn
 from .models.convert import from_videomamba
 
 _logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def load_model(
         FileNotFoundError: no such checkpoint.
     """
     is_source = ":" in name  # hf-hub:, local-dir:
-    if not is_source and not timm.is_model(name):
+    if not is_source and name.partition(".")[0] not in VARIANTS:
         raise ValueError(f"unknown model {name!r}; `etmamba info` lists those there are")
     if checkpoint is not None:
         model, has_classifier = _from_checkpoint(name, Path(checkpoint))
@@ -62,7 +62,7 @@ def load_model(
         model = timm.create_model(name, pretrained=trained)
         has_classifier = trained and getattr(model, "num_classes", 0) > 0
     if not isinstance(model, EtMamba):
-        raise ValueError(f"{name!r} is no video model of this package; `etmamba info` lists those there are")
+        raise ValueError(f"{name!r} holds a {type(model).__name__}, no video model of this package")
     if need_classifier and not has_classifier and not allow_untrained:
         raise UntrainedError(f"{checkpoint or name}: no trained classifier, so classes would be random; take features")
     return model.eval()

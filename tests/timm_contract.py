@@ -24,6 +24,8 @@ LEFT_OUT = {
     "test_model_forward_torchscript": "TorchScript can't compile the choice of the scan's backend",
     "test_model_forward_fx_torchscript": "TorchScript can't compile the choice of the scan's backend",
 }
+# Prunes the model at each of its blocks: minutes a name.
+SLOW = {"test_prune_intermediate_layers_contract": "slow, and left out of a quick run (timm's own runs skip it too)"}
 
 HEADER = """
 import etmamba_timm
@@ -40,9 +42,10 @@ NAMES = {names!r}
 LEFT_OUT = {left_out!r}
 
 def pytest_collection_modifyitems(config, items):
-    ours = [i for i in items if hasattr(i, 'callspec') and str(i.callspec.params.get('model_name')).split('.')[0] in NAMES]
-    kept = [i for i in ours if i.originalname not in LEFT_OUT]
-    items[:] = kept
+    def name(item):
+        return str(item.callspec.params.get('model_name')).split('.')[0] if hasattr(item, 'callspec') else None
+
+    items[:] = [i for i in items if name(i) in NAMES and i.originalname not in LEFT_OUT]
 
 def pytest_configure(config):
     config.addinivalue_line('markers', 'timeout: of pytest-timeout')
@@ -64,7 +67,7 @@ def fetch(folder: Path) -> Path:
 def adapt(source: str, names: list[str]) -> str:
     """timm's tests, for our names: each of the three places must be there, or this is another timm than was read."""
     for old, new in (
-        ("# models with forward_intermediates()", HEADER.format(names=names) + "\n# models with forward_intermediates()"),
+        ("# models with forward_inter", HEADER.format(names=names) + "\n# models with forward_inter"),
         ("FEAT_INTER_FILTERS = [", "FEAT_INTER_FILTERS = ['etmamba', "),
         ("NON_STD_FILTERS = [", "NON_STD_FILTERS = ['etmamba*', 'videomamba*', "),
         ("EXCLUDE_FEAT_FILTERS = NON_STD_FILTERS[:]", "EXCLUDE_FEAT_FILTERS = NON_STD_FILTERS[2:]"),
@@ -76,13 +79,16 @@ def adapt(source: str, names: list[str]) -> str:
     return source
 
 
-def run(names: list[str], folder: Path) -> subprocess.CompletedProcess:
-    """Runs the tests for `names` in `folder`, printing pytest's own report; returns the finished process."""
+def run(names: list[str], folder: Path, quick: bool = False) -> subprocess.CompletedProcess:
+    """Runs the tests for `names` in `folder`; returns the finished process, its output pytest's and what is left out."""
+    left_out = LEFT_OUT | (SLOW if quick else {})
     _write(folder / "test_models.py", adapt(fetch(folder).read_text(), names))
-    _write(folder / "conftest.py", CONFTEST.format(names=names, left_out=list(LEFT_OUT)))
+    _write(folder / "conftest.py", CONFTEST.format(names=names, left_out=list(left_out)))
     _write(folder / "pytest.ini", "[pytest]\n")
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "--durations=6", "-p", "no:cacheprovider", "-W", "ignore", "test_models.py"]
-    return subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done.stdout += "".join(f"left out: {test}: {reason}\n" for test, reason in left_out.items())
+    return done
 
 
 def _write(path: Path, text: str) -> Path:
@@ -92,13 +98,12 @@ def _write(path: Path, text: str) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", default=list(etmamba_timm.models.VARIANTS))
-    names = parser.parse_args().names
+    parser.add_argument("names", nargs="*", default=list(etmamba_timm.models.VARIANTS), help="default: all")
+    parser.add_argument("--quick", action="store_true", help="leave out what takes minutes a name")
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        done = run(names, Path(folder))
+        done = run(args.names, Path(folder), args.quick)
     print(done.stdout)
-    for test, reason in LEFT_OUT.items():
-        print(f"left out: {test}: {reason}")
     return done.returncode
 
 

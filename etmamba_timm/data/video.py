@@ -122,7 +122,7 @@ class VideoReader:
         return result if indices == wanted else result[[rows[i] for i in indices]]
 
     def _read_from_keyframes(self, rows: dict[int, int], pictures: np.ndarray) -> list[int]:
-        """Fill `pictures[row]` for each of `{number: row}`, ascending; return the numbers of frames that did not come."""
+        """Fill `pictures[row]` for each of `{number: row}`, ascending; return the numbers of those that did not come."""
         todo, missed = deque(rows), []
         while todo:
             start = self._key_before(todo[0])

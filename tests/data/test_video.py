@@ -43,6 +43,7 @@ FORMATS: dict[str, dict] = {
     "mpeg4-b.avi": {"codec": "mpeg4", "b_frames": 2},
     "mjpeg.avi": {"codec": "mjpeg", "pix_fmt": "yuvj420p"},
     "vp8.webm": {"codec": "libvpx"},
+    "vp8-no-index.webm": {"codec": "libvpx", "container": {"live": "1"}},
     "vp9.webm": {"codec": "libvpx-vp9", "options": {"lag-in-frames": "16", "auto-alt-ref": "1"}},
     "vp9-odd.webm": {"codec": "libvpx-vp9", "height": 51, "width": 67},
     "gif.gif": {"codec": "gif", "pix_fmt": "rgb8"},

@@ -1,0 +1,20 @@
+"""timm's own tests of a model, on one name of each block (all names: `python tests/timm_contract.py`)."""
+
+import os
+import subprocess
+
+import pytest
+import timm_contract
+
+
+def test_timms_own_tests_pass(tmp_path):
+    try:
+        done = timm_contract.run(["videomamba_ti_stfp", "etmamba_ti_ebs", "etmamba_ti"], tmp_path, quick=True)
+    except subprocess.CalledProcessError as error:
+        if os.environ.get("CI") == "true":
+            raise
+        pytest.skip(f"timm's source distribution can't be fetched: {error.stderr.strip().splitlines()[-1]}")
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout
+    assert " failed" not in done.stdout
+    assert f"{3 * 8} passed" in done.stdout

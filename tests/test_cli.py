@@ -1,0 +1,175 @@
+"""The `etmamba` command on real files: what it prints, what it exits with, what bad files do to the others."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from videos import write_video
+
+from etmamba_timm.cli import main
+from etmamba_timm.models import VARIANTS
+from etmamba_timm.predict import extract_features, load_model, predict
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Videos and a checkpoint: good.mp4, other.webm, text.mp4, weights.safetensors (videomamba_ti)."""
+    folder = tmp_path_factory.mktemp("cli")
+    write_video(folder / "good.mp4", num_frames=20)
+    write_video(folder / "other.webm", num_frames=20, codec="libvpx-vp9")
+    (folder / "text.mp4").write_text("no video\n" * 50)
+    torch.manual_seed(0)
+    model = timm.create_model("videomamba_ti", num_classes=6, num_frames=4, img_size=32)
+    save_file(model.state_dict(), folder / "weights.safetensors")
+    return folder
+
+
+@pytest.fixture
+def trained(folder, monkeypatch):
+    """Arguments that name the checkpoint; the working folder is the videos'."""
+    monkeypatch.chdir(folder)
+    return ["--model", "videomamba_ti", "--checkpoint", "weights.safetensors"]
+
+
+def test_predict_prints_top_classes(trained, capsys):
+    assert main(["predict", "good.mp4", *trained, "--topk", "2"]) == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0] == "good.mp4"
+    assert len(lines) == 3
+    assert all("%  class " in line for line in lines[1:])
+    assert err == ""
+
+
+def test_predict_json_is_what_python_gives(trained, capsys):
+    argv = ["predict", "good.mp4", "other.webm", *trained, "--json", "--num-clips", "2", "--num-crops", "3"]
+    assert main([*argv, "--dtype", "bfloat16", "--device", "cpu"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    model = load_model("videomamba_ti", "weights.safetensors")
+    for row, file in zip(rows, ("good.mp4", "other.webm"), strict=True):
+        scores = predict(model, file, num_clips=2, num_crops=3, dtype=torch.bfloat16)
+        assert (row["file"], row["model"]) == (file, "videomamba_ti")
+        assert [p["index"] for p in row["predictions"]] == scores.topk(5).indices.tolist()
+        assert row["predictions"][0]["score"] == pytest.approx(scores.max().item())
+
+
+def test_bad_files_do_not_stop_the_others(trained, capsys):
+    assert main(["predict", "text.mp4", "nothing.mp4", "good.mp4", *trained, "--json"]) == 1
+    out, err = capsys.readouterr()
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [("error" in r, r["file"]) for r in rows] == [(True, "text.mp4"), (True, "nothing.mp4"), (False, "good.mp4")]
+    assert "text.mp4: is a text file" in err
+    assert "nothing.mp4: no such file" in err
+    assert "2 of 3 files failed" in err
+
+
+def test_features_are_written_whole(trained, folder, capsys):
+    output = folder / "features.safetensors"
+    assert main(["features", "good.mp4", "text.mp4", "other.webm", *trained, "-o", str(output)]) == 1
+    assert "features of 2 of 3 files" in capsys.readouterr().err
+    features = load_file(output)["features"]
+    model = load_model("videomamba_ti", "weights.safetensors")
+    expected = torch.stack([extract_features(model, file) for file in ("good.mp4", "other.webm")])
+    torch.testing.assert_close(features, expected)
+    with safe_open(output, "pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["files"]) == ["good.mp4", "other.webm"]
+    assert metadata["model"] == "videomamba_ti"
+    assert not list(folder.glob(".etmamba-*"))
+
+
+def test_features_of_nothing_write_nothing(trained, folder):
+    assert main(["features", "text.mp4", *trained, "-o", "none.safetensors"]) == 1
+    assert not (folder / "none.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["predict", "good.mp4", "--model", "etmamba_ti"], "has no trained weights"),
+        (["features", "good.mp4", "--model", "etmamba_ti", "-o", "f.safetensors"], "has no trained weights"),
+        (["predict", "good.mp4", "--model", "resnet999"], "unknown model 'resnet999'"),
+        (["predict", "good.mp4", "--model", "etmamba_ti", "--device", "cuda:77"], "device 'cuda:77' can't be used"),
+        (["predict", "good.mp4", "--model", "etmamba_ti", "--device", "gpu"], "device 'gpu' can't be used"),
+        (["predict", "good.mp4", "--model", "etmamba_ti", "--checkpoint", "w.pth"], "w.pth: no such checkpoint"),
+        (["features", "good.mp4", "--model", "etmamba_ti", "-o", "f.npz"], "ends in .safetensors"),
+        (["features", "good.mp4", "--model", "etmamba_ti", "-o", "no/f.safetensors"], "no: no such folder"),
+        (["info", "etmamba_x"], "unknown model 'etmamba_x'; choose one of videomamba_ti,"),
+        (["info", "etmamba_ti", "--img-size", "100"], "must be a multiple of 16"),
+    ],
+)
+def test_what_cannot_be_done_says_why_and_exits_2(argv, message, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("etmamba: ")
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["predict", "good.mp4"],
+        ["predict", "--model", "etmamba_ti"],
+        ["predict", "good.mp4", "--model", "m", "--topk", "0"],
+        ["predict", "good.mp4", "--model", "m", "--num-crops", "2"],
+        ["predict", "good.mp4", "--model", "m", "--dtype", "int8"],
+        ["nonsense"],
+        [],
+    ],
+)
+def test_wrong_usage(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    assert "usage: etmamba" in capsys.readouterr().err
+
+
+def test_untrained_when_allowed(folder, monkeypatch, capsys, caplog):
+    monkeypatch.chdir(folder)
+    assert main(["predict", "good.mp4", "--model", "videomamba_ti", "--allow-untrained", "--topk", "1"]) == 0
+    assert "its results are random" in caplog.text
+
+
+def test_info_of_all_counts_parameters(capsys):
+    assert main(["info", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["model"] for row in rows] == list(VARIANTS)
+    for row in rows:
+        model = timm.create_model(row["model"], device="meta")
+        assert row["params"] == sum(p.numel() for p in model.parameters())
+        assert row["total_macs"] == row["macs"] + row["scan_macs"]
+        assert row["videomamba_macs"] < row["macs"]
+    assert main(["info"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(VARIANTS) + 1
+
+
+def test_info_of_one(capsys):
+    assert main(["info", "etmamba_m", "--num-frames", "8", "--img-size", "160"]) == 0
+    out = capsys.readouterr().out
+    assert "3×8×160×160" in out
+    assert "91.33 M" in out
+
+
+def test_info_on_backends(capsys):
+    assert main(["info", "--backends", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["reference"] is None
+    assert main(["info", "--backends"]) == 0
+    assert "reference" in capsys.readouterr().out
+
+
+def test_as_a_command_into_a_closed_pipe(trained):
+    """`etmamba … | head -c 1` ends without a traceback."""
+    command = [sys.executable, "-m", "etmamba_timm.cli", "predict", *["good.mp4"] * 3, *trained]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.read(1)
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read()
+    process.wait(60)

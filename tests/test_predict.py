@@ -1,0 +1,134 @@
+"""From real video files to scores and features, from Python."""
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from videos import write_video
+
+from etmamba_timm.data import EvalTransform, VideoError, read_frames, sample_clips
+from etmamba_timm.predict import UntrainedError, extract_features, load_model, predict, top_classes
+
+SMALL = {"img_size": 32, "num_frames": 4, "embed_dim": 16, "depth": 2, "num_classes": 6}
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    return write_video(tmp_path_factory.mktemp("videos") / "clip.mp4", num_frames=40, height=48, width=80)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return timm.create_model("etmamba_ti", **SMALL).eval()
+
+
+@pytest.mark.parametrize(("num_clips", "num_crops"), [(1, 1), (1, 3), (4, 3)])
+def test_scores_are_the_mean_over_views_of_the_softmax(model, video, num_clips, num_crops):
+    transform = EvalTransform(size=(32, 32))
+    views = [
+        transform(read_frames(video, indices), num_crops) for indices in sample_clips(40, 4, 2, num_clips)
+    ]
+    expected = torch.stack([model(view[None]).softmax(-1)[0] for view in torch.cat(views)]).mean(0)
+    scores = predict(model, video, num_clips=num_clips, num_crops=num_crops)
+    torch.testing.assert_close(scores, expected)
+    assert scores.sum().item() == pytest.approx(1)
+
+
+def test_features_are_what_the_classifier_reads(model, video):
+    features = extract_features(model, video)
+    torch.testing.assert_close(model.head(features).softmax(-1), predict(model, video))
+
+
+def test_autocast_changes_little(model, video):
+    expected = predict(model, video)
+    scores = predict(model, video, dtype=torch.bfloat16)
+    assert scores.dtype == torch.float32
+    assert not torch.equal(scores, expected)
+    torch.testing.assert_close(scores, expected, rtol=0.02, atol=0.0)
+
+
+def test_one_channel_model(video):
+    model = timm.create_model("videomamba_ti", **SMALL, in_chans=1).eval()
+    assert predict(model, video).shape == (6,)
+
+
+def test_top_classes_have_names_or_numbers(model):
+    scores = torch.tensor([0.1, 0.5, 0.0, 0.3, 0.1, 0.0])
+    assert top_classes(model, scores, 2) == [
+        {"label": "class 1", "index": 1, "score": 0.5},
+        {"label": "class 3", "index": 3, "score": pytest.approx(0.3)},
+    ]
+    model.pretrained_cfg["label_names"] = ("run", "jump", "roll", "kick", "punch", "spin")
+    assert [c["label"] for c in top_classes(model, scores, 9)][:2] == ["jump", "kick"]
+    assert len(top_classes(model, scores, 9)) == 6
+
+
+def test_model_without_classes(model, video):
+    model.reset_classifier(0)
+    with pytest.raises(ValueError, match="no classes to predict; use extract_features"):
+        predict(model, video)
+    assert extract_features(model, video).shape == (16,)
+
+
+def test_missing_file(model, tmp_path):
+    with pytest.raises(VideoError, match="no such file"):
+        predict(model, tmp_path / "nothing.mp4")
+
+
+class TestLoadModel:
+    def test_untrained_is_refused_unless_allowed(self, caplog):
+        with pytest.raises(UntrainedError, match="'etmamba_ti' has no trained weights, so its results would be random"):
+            load_model("etmamba_ti")
+        assert load_model("etmamba_ti", allow_untrained=True).training is False
+        assert "etmamba_ti has no trained weights: its results are random" in caplog.text
+
+    @pytest.mark.parametrize("form", ["safetensors", "pth"])
+    def test_checkpoint_tells_classes_frames_and_size(self, tmp_path, video, form):
+        source = timm.create_model("etmamba_ti", num_classes=6, num_frames=4, img_size=32).eval()
+        path = tmp_path / f"weights.{form}"
+        save_file(source.state_dict(), path) if form == "safetensors" else torch.save(source.state_dict(), path)
+        model = load_model("etmamba_ti", path)
+        assert (model.num_classes, model.num_frames, model.img_size) == (6, 4, (32, 32))
+        torch.testing.assert_close(predict(model, video), predict(source, video))
+
+    def test_checkpoint_without_classifier_gives_features_alone(self, tmp_path):
+        source = timm.create_model("videomamba_ti", num_classes=0, num_frames=4, img_size=32)
+        path = tmp_path / "weights.safetensors"
+        save_file(source.state_dict(), path)
+        with pytest.raises(UntrainedError, match="no trained classifier.*take features"):
+            load_model("videomamba_ti", path)
+        assert load_model("videomamba_ti", path, need_classifier=False).num_classes == 0
+
+    def test_checkpoint_of_another_variant(self, tmp_path):
+        path = tmp_path / "weights.safetensors"
+        save_file(timm.create_model("videomamba_ti", num_frames=4, img_size=32).state_dict(), path)
+        with pytest.raises(ValueError, match=r"is no checkpoint of 'etmamba_ti': \d+ weights differ"):
+            load_model("etmamba_ti", path)
+
+    def test_something_else_in_the_file(self, tmp_path):
+        path = tmp_path / "weights.safetensors"
+        save_file({"weight": torch.zeros(3)}, path)
+        with pytest.raises(ValueError, match="it has no patch embedding"):
+            load_model("etmamba_ti", path)
+
+    def test_missing_checkpoint(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+            load_model("etmamba_ti", tmp_path / "weights.safetensors")
+
+    def test_unknown_model(self):
+        with pytest.raises(ValueError, match="unknown model 'etmamba_x'; `etmamba info` lists"):
+            load_model("etmamba_x")
+
+    def test_a_model_of_timms_own(self, tmp_path):
+        with pytest.raises(ValueError, match="unknown model 'test_vit'"):
+            load_model("test_vit", allow_untrained=True)
+        timm.models.save_for_hf(timm.create_model("test_vit"), tmp_path, safe_serialization=True)
+        with pytest.raises(ValueError, match="holds a VisionTransformer, no video model"):
+            load_model(f"local-dir:{tmp_path}")
+
+    def test_local_folder_in_the_hubs_layout(self, tmp_path, video):
+        source = timm.create_model("etmamba_ti", **SMALL).eval()
+        timm.models.save_for_hf(source, tmp_path, safe_serialization=True, model_args=SMALL)
+        model = load_model(f"local-dir:{tmp_path}")
+        torch.testing.assert_close(predict(model, video), predict(source, video))

@@ -210,7 +210,7 @@ def _readable(row: dict) -> dict:
         "tokens": row["tokens"],
         "parameters": f"{row['params'] / 1e6:.2f} M",
         "multiply-adds": f"{row['total_macs'] / 1e9:.1f} G, {row['scan_macs'] / 1e9:.1f} G of them in the scan",
-        "  as VideoMamba": f"{row['videomamba_macs'] / 1e9:.1f} G: its count leaves out the inner SSM; not the true cost",
+        "  as VideoMamba": f"{row['videomamba_macs'] / 1e9:.1f} G, without the inner SSM: not the true cost",
         "weights": ", ".join(row["weights"]) or "none",
     }
 

@@ -1,8 +1,8 @@
 """From a video file to class scores or features.
 
-    model = load_model("videomamba_m", checkpoint="videomamba_m16_k400_f16_res224.pth")
-    scores = predict(model, "clip.mp4", num_clips=4, num_crops=3)
-    print(top_classes(model, scores))
+model = load_model("videomamba_m", checkpoint="videomamba_m16_k400_f16_res224.pth")
+scores = predict(model, "clip.mp4", num_clips=4, num_crops=3)
+print(top_classes(model, scores))
 """
 
 import contextlib

@@ -26,9 +26,7 @@ def model():
 @pytest.mark.parametrize(("num_clips", "num_crops"), [(1, 1), (1, 3), (4, 3)])
 def test_scores_are_the_mean_over_views_of_the_softmax(model, video, num_clips, num_crops):
     transform = EvalTransform(size=(32, 32))
-    views = [
-        transform(read_frames(video, indices), num_crops) for indices in sample_clips(40, 4, 2, num_clips)
-    ]
+    views = [transform(read_frames(video, indices), num_crops) for indices in sample_clips(40, 4, 2, num_clips)]
     expected = torch.stack([model(view[None]).softmax(-1)[0] for view in torch.cat(views)]).mean(0)
     scores = predict(model, video, num_clips=num_clips, num_crops=num_crops)
     torch.testing.assert_close(scores, expected)

@@ -80,12 +80,13 @@ def adapt(source: str, names: list[str]) -> str:
 
 
 def run(names: list[str], folder: Path, quick: bool = False) -> subprocess.CompletedProcess:
-    """Runs the tests for `names` in `folder`; returns the finished process, its output pytest's and what is left out."""
+    """Runs the tests for `names` in `folder`; the finished process' output is pytest's, and what is left out."""
     left_out = LEFT_OUT | (SLOW if quick else {})
     _write(folder / "test_models.py", adapt(fetch(folder).read_text(), names))
     _write(folder / "conftest.py", CONFTEST.format(names=names, left_out=list(left_out)))
     _write(folder / "pytest.ini", "[pytest]\n")
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "--durations=6", "-p", "no:cacheprovider", "-W", "ignore", "test_models.py"]
+    options = ["-q", "-rs", "--durations=6", "-p", "no:cacheprovider", "-W", "ignore"]
+    command = [sys.executable, "-m", "pytest", *options, "test_models.py"]
     done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     done.stdout += "".join(f"left out: {test}: {reason}\n" for test, reason in left_out.items())
     return done

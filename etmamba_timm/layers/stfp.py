@@ -35,7 +35,7 @@ class Stfp(nn.Module):
     `S1 = ReLU(LN(DW3(ReLU(LN(DW3(X))))))`, `S2 = ReLU(LN(DW3(S1 + ReLU(LN(PW(X))))))`, output `S2 + X`.
 
     Args:
-        channels: the clip's channels C, which are the stem's width too. At least 2: a norm over one channel is constant.
+        channels: the clip's channels C, the stem's width too. At least 2: a norm over one channel is constant.
     """
 
     def __init__(self, channels: int, device=None, dtype=None) -> None:

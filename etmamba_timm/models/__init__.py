@@ -19,4 +19,22 @@ from .etmamba import (
     videomamba_ti_stfp,
 )
 
-__all__ = ["VARIANTS", "Cost", "EtMamba", "checkpoint_filter_fn", "count_cost", *VARIANTS]
+__all__ = [
+    "VARIANTS",
+    "Cost",
+    "EtMamba",
+    "checkpoint_filter_fn",
+    "count_cost",
+    "etmamba_m",
+    "etmamba_m_ebs",
+    "etmamba_s",
+    "etmamba_s_ebs",
+    "etmamba_ti",
+    "etmamba_ti_ebs",
+    "videomamba_m",
+    "videomamba_m_stfp",
+    "videomamba_s",
+    "videomamba_s_stfp",
+    "videomamba_ti",
+    "videomamba_ti_stfp",
+]

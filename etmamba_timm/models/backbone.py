@@ -1,4 +1,4 @@
-"""The one model class: a stem, patches, blocks, a norm and a head; its arguments make ETMamba, VideoMamba and all between."""
+"""The one model class; its `stem` and `block` make it ETMamba, VideoMamba or what lies between."""
 
 import logging
 from collections.abc import Sequence
@@ -198,7 +198,7 @@ class EtMamba(nn.Module):
         maps = [y[:, self.num_prefix_tokens :] for y in taken]
         if output_fmt == "NCHW":
             shape = grid[1:] if is_image else grid
-            maps = [y.transpose(1, 2).unflatten(2, shape).contiguous() for y in maps]  # [B, t·h·w, D] -> [B, D, t, h, w]
+            maps = [y.transpose(1, 2).unflatten(2, shape).contiguous() for y in maps]  # -> [B, D, t, h, w]
         if return_prefix_tokens:
             maps = [(m, y[:, : self.num_prefix_tokens]) for m, y in zip(maps, taken, strict=True)]
         return maps if intermediates_only else (self.norm(x), maps)

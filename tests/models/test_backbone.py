@@ -144,7 +144,8 @@ class TestEveryRow:
         """The last patch reaches the first and the first the last, through the mixers alone."""
         model = small(name, stem="none")
         before = model.forward_features(clip)
-        for changed, watched in (((..., 1, slice(16, 32), slice(16, 32)), 1), ((..., 0, slice(0, 16), slice(0, 16)), -1)):
+        last, first = (..., 1, slice(16, 32), slice(16, 32)), (..., 0, slice(0, 16), slice(0, 16))
+        for changed, watched in ((last, 1), (first, -1)):
             x = clip.clone()
             x[changed] += 1
             assert ((model.forward_features(x) - before)[:, watched].abs() > 1e-6).any()

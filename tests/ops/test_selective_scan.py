@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from etmamba_timm.ops import bidirectional_scan, reference, scan_backends, selective_scan
 
-HERE = [name for name, reason in scan_backends().items() if reason is None and name != "mamba_ssm"]  # its own: test_cuda
+# mamba_ssm has tests of its own: test_cuda.py
+HERE = [name for name, reason in scan_backends().items() if reason is None and name != "mamba_ssm"]
 FAST = [name for name in HERE if name != "reference"]
-NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 PARAMETERS = ("A", "D", "delta_bias")
 # max|a - b| / max|b| against float64: activations and their gradients, gradients of parameters
 BOUNDS = {
@@ -115,9 +115,7 @@ def test_bidirectional_is_both_directions(backend):
 def test_last_state_is_where_a_further_step_starts(backend, reverse):
     """The state after L steps, found again as what an (L+1)th step with B = 0 reads out."""
     args = {k: t.detach() for k, t in arguments(2, 3, 9, 4).items()}
-    _, state = selective_scan(
-        **args, delta_softplus=True, reverse=reverse, return_last_state=True, backend=backend
-    )
+    _, state = selective_scan(**args, delta_softplus=True, reverse=reverse, return_last_state=True, backend=backend)
     args = {k: None if k == "z" else t for k, t in args.items()} | {"D": None, "delta_bias": None}
     ones = torch.ones(2, 3, 1, dtype=torch.float64)
     delta = torch.nn.functional.softplus(args["delta"] + arguments(2, 3, 9, 4)["delta_bias"].detach()[:, None])

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
@@ -49,9 +50,9 @@ def to_tokens(
 
     Returns: tokens [B, 1 + t·h·w, D], class token first.
     """
-    batch, dim, t, h, w = patches.shape
+    batch, _, t, h, w = patches.shape
     pos_embed = resample_spatial(pos_embed, grid_size, (h, w))
     position = pos_embed[:, None, 1:] + resample_temporal(temporal, t)[:, :, None]  # [1, t, h·w, D]
-    x = patches.flatten(2).transpose(1, 2) + position.reshape(1, t * h * w, dim)  # [B, D, t, h, w] -> [B, t·h·w, D]
+    x = rearrange(patches, "b d t h w -> b (t h w) d") + position.flatten(1, 2)
     cls = (cls_token + pos_embed[:, :1]).expand(batch, -1, -1)
     return torch.cat([cls.to(x.dtype), x], dim=1)

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from timm.layers import DropPath
 from timm.models import register_notrace_module
 from torch import Tensor, nn
@@ -32,10 +33,9 @@ class LocalBranch(nn.Module):
     def forward(self, x_norm: Tensor, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """x_norm, x: tokens [B, 1 + t·h·w, D], normalised and not, class token first -> [B, 1 + t·h·w, D]."""
         t, h, w = grid
-        patches = self.proj(x_norm[:, 1:])  # [B, t·h·w, D/4]
-        frames = patches.reshape(-1, h, w, patches.shape[-1]).permute(0, 3, 1, 2)  # -> [B·t, D/4, h, w]
+        frames = rearrange(self.proj(x_norm[:, 1:]), "b (t h w) d -> (b t) d h w", t=t, h=h, w=w)
         scales = torch.cat([self.conv3(frames), self.conv5(frames), self.conv7(frames), frames], dim=1)
-        local = F.silu(scales).permute(0, 2, 3, 1).reshape(x.shape[0], t * h * w, -1)  # -> [B, t·h·w, D]
+        local = rearrange(F.silu(scales), "(b t) d h w -> b (t h w) d", t=t)
         return self.norm(torch.cat([x[:, :1], local + x[:, 1:]], dim=1))
 
 

@@ -198,7 +198,7 @@ class EtMamba(nn.Module):
         maps = [y[:, self.num_prefix_tokens :] for y in taken]
         if output_fmt == "NCHW":
             shape = grid[1:] if is_image else grid
-            maps = [y.transpose(1, 2).unflatten(2, shape).contiguous() for y in maps]  # -> [B, D, t, h, w]
+            maps = [y.transpose(1, 2).unflatten(2, shape).contiguous() for y in maps]  # [B, N, D] -> [B, D, t, h, w]
         if return_prefix_tokens:
             maps = [(m, y[:, : self.num_prefix_tokens]) for m, y in zip(maps, taken, strict=True)]
         return maps if intermediates_only else (self.norm(x), maps)

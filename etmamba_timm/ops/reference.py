@@ -18,6 +18,7 @@ def rejects(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D, z, del
     return None
 
 
+@torch.compiler.disable  # a graph of L unrolled steps would help nobody
 def scan(
     u: Tensor,
     delta: Tensor,

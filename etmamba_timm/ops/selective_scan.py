@@ -5,16 +5,16 @@ import logging
 import torch
 from torch import Tensor
 
-from . import cpu, cuda, reference
+from . import chunked, cpu, cuda, reference
 
 _logger = logging.getLogger(__name__)
 _announced: set[str] = set()
 
 # Fastest first: 'auto' takes the first that can. A backend is a module with
-#   why_not() -> str | None      why this machine can't run it
-#   rejects(tensors) -> str | None   why it can't take these arguments
-#   scan(...)                    the scan itself; see reference.py
-BACKENDS = {"mamba_ssm": cuda, "cpu": cpu, "reference": reference}
+#   why_not() -> str | None            why this machine can't run it
+#   rejects(*tensors) -> str | None    why it can't take these arguments
+#   scan(...)                          the scan itself; see reference.py
+BACKENDS = {"mamba_ssm": cuda, "cpu": cpu, "torch": chunked, "reference": reference}
 
 
 def scan_backends() -> dict[str, str | None]:
@@ -108,7 +108,7 @@ def _choose(name: str, tensors: tuple):
     if name == "auto":
         for name, backend in BACKENDS.items():
             if backend.rejects(*tensors) is None and _why_not(name) is None:
-                _announce(name)
+                _announce(name, tensors[0].device)
                 return backend
     if name not in BACKENDS:
         raise ValueError(f"unknown scan backend {name!r}; choose 'auto' or one of {', '.join(BACKENDS)}")
@@ -119,10 +119,16 @@ def _choose(name: str, tensors: tuple):
     return backend
 
 
-def _announce(name: str) -> None:
-    if not torch.compiler.is_compiling() and name not in _announced:
-        _announced.add(name)
+def _announce(name: str, device: torch.device) -> None:
+    """Says once what was chosen, and why nothing faster."""
+    if torch.compiler.is_compiling() or name in _announced:
+        return
+    _announced.add(name)
+    faster = {"cpu": "cpu", "cuda": "mamba_ssm"}.get(device.type)
+    if faster in (None, name):
         _logger.info("selective scan runs on the backend %r", name)
+    else:
+        _logger.warning("selective scan runs on the slow backend %r: %s", name, _why_not(faster))
 
 
 def _check(u, delta, A, B, C, D, z, delta_bias) -> None:

@@ -1,7 +1,7 @@
 """torch.hub entry points: the same builders that timm registers.
 
-    torch.hub.load("<owner>/<repo>", "etmamba_ti", num_classes=10)
-    torch.hub.load("<folder>", "etmamba_ti", source="local", num_classes=10)
+torch.hub.load("<owner>/<repo>", "etmamba_ti", num_classes=10)
+torch.hub.load("<folder>", "etmamba_ti", source="local", num_classes=10)
 """
 
 from etmamba_timm.models import (

@@ -1,6 +1,6 @@
 """What `import etmamba_timm` costs over `import timm`, in fresh processes, in turn.
 
-    python benchmarks/import_time.py [runs]
+python benchmarks/import_time.py [runs]
 """
 
 import statistics

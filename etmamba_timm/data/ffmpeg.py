@@ -73,9 +73,9 @@ def packets_of(container: InputContainer, stream: VideoStream) -> Iterator[av.Pa
 
 
 def packets_from(container: InputContainer, stream: VideoStream, time: int) -> Iterator[av.Packet] | None:
-    """The packets from the keyframe shown at `time` (in ticks of the stream), or an earlier one, on.
+    """The packets from the keyframe shown at `time` (in ticks of the stream) on; None if the file can't be entered.
 
-    None if the file cannot be entered there.
+    Where formats seek loosely, they start at another keyframe.
     """
     try:
         container.seek(time, stream=stream)
@@ -83,9 +83,7 @@ def packets_from(container: InputContainer, stream: VideoStream, time: int) -> I
         return None
     packets = packets_of(container, stream)
     first = next(packets, None)
-    if first is None or not first.is_keyframe or first.pts is None or first.pts > time:
-        return None
-    return chain([first], packets)
+    return chain([first], packets) if first is not None and first.is_keyframe else None
 
 
 def decode(packets: Iterable[av.Packet], stream: VideoStream) -> Iterator[av.VideoFrame]:

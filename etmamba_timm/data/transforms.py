@@ -1,6 +1,6 @@
 """From frames to the float clips a model takes: resize, crop, normalise."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_model_data_config
@@ -58,7 +58,9 @@ class EvalTransform:
         mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
         if channels == 1:
             mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
-        return replace(cls(tuple(cfg["input_size"][1:]), mean, std, cfg["interpolation"], cfg["crop_pct"]), **overrides)
+        fields = {"size": tuple(cfg["input_size"][1:]), "mean": mean, "std": std}
+        fields |= {name: cfg[name] for name in ("interpolation", "crop_pct")}
+        return cls(**fields | overrides)
 
     def __call__(self, frames: Tensor, num_crops: int = 1) -> Tensor:
         """Cut views out of a clip.

@@ -83,7 +83,7 @@ class VideoReader:
                 f"{self.path}: none of its {count} frames can be decoded; it looks damaged: copy or download it again"
             )
         known = None not in times and len(times) == count
-        if not (known and timed):
+        if not (known and timed and first.pts in times):
             seen = [first.pts, *(frame.pts for frame in frames)]
             if not (known and times.issuperset(seen) and seen == sorted(seen)):
                 known, count = False, len(seen)
@@ -122,7 +122,7 @@ class VideoReader:
         return result if indices == wanted else result[[rows[i] for i in indices]]
 
     def _read_from_keyframes(self, rows: dict[int, int], pictures: np.ndarray) -> list[int]:
-        """Fill `pictures[row]` for each of `{number: row}`, ascending; return the numbers of those that did not come."""
+        """Fill `pictures[row]` for each of `{number: row}`, ascending; return those numbers that did not come."""
         todo, missed = deque(rows), []
         while todo:
             start = self._key_before(todo[0])

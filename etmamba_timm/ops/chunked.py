@@ -3,11 +3,10 @@
 Time is cut into blocks, one after another, and a block into K chunks of S steps, side by side: one operation takes one
 step in all chunks. A first pass finds where each chunk gets to from a state of zeros, a short loop over the chunks
 carries the state through them, and a second pass runs each chunk from its true first state. Exponentials are taken of
-Δ·A and its sums over chunks alone, and nothing is divided, so that any decay is safe, down to 0. Where something may
-grow (Δ·A > 0), a sum might overflow where the states don't; there K is 1, and no sum is used.
+Δ·A and its sums over chunks alone, and nothing is divided, so that any decay is safe, down to 0. K is 1, and one pass
+does, where a step is work enough for an operation, and where Δ·A may be positive: its sum might overflow needlessly.
 
-Of all [B, D, N, L] states only a block's exist at a time. Each block's first state is kept for the backward, which
-computes the others again.
+Of all [B, D, N, L] states only a block's exist at a time; the backward runs them again from the first, which is kept.
 """
 
 import itertools
@@ -19,9 +18,9 @@ from torch import Tensor
 
 from .reference import _in_scan_order
 
-# In elements, measured on CPUs: a block's states should stay in the cache, and an operation be worth its call.
-BLOCK = 2**19
-OPERATION = 2**16
+# Sizes in elements, measured on CPUs.
+BLOCK = 2**19  # the states of a block: they should stay in the cache
+WIDE = 2**13  # the states of a step from which on a second pass costs more than it saves in calls
 
 
 def why_not() -> str | None:
@@ -34,6 +33,7 @@ def rejects(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D, z, del
     return None
 
 
+@torch.compiler.disable  # decides on values, and has its own backward
 def scan(
     u: Tensor,
     delta: Tensor,
@@ -63,8 +63,7 @@ def scan(
 
     rows, columns = (cut(delta)[..., None, :], cut(delta * u)[..., None, :]), (cut(B)[..., None], cut(C)[..., None])
     y, h = _Recurrence.apply(*rows, A.t().contiguous(), *columns)
-    y = y.permute(3, 4, 0, 2, 1).flatten(2)[..., :length]  # [blocks, S, K, B, D] -> [B, D, L]
-    y = _in_scan_order(y, reverse_from)
+    y = _in_scan_order(y.permute(3, 4, 0, 2, 1).flatten(2)[..., :length], reverse_from)  # -> [B, D, L]
     if D is not None:
         y = y + D[:, None] * u
     if z is not None:
@@ -77,7 +76,7 @@ def _cut(length: int, width: int, decaying: bool) -> tuple[int, int, int]:
     steps = min(length, max(BLOCK // width, math.isqrt(length)))  # from √L steps on, blocks outweigh the states kept
     blocks = math.ceil(length / steps)
     steps = math.ceil(length / blocks)
-    chunks = max(1, min(OPERATION // width, math.isqrt(steps))) if decaying else 1
+    chunks = math.isqrt(steps) if decaying and width < WIDE else 1
     return blocks, chunks, math.ceil(steps / chunks)
 
 

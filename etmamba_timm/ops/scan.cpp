@@ -10,6 +10,9 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 #ifndef _OPENMP
 #include <atomic>
 #include <thread>
@@ -58,24 +61,39 @@ template <typename S> using Vec = typename Lanes<S>::vec;
 
 // ---- elementary functions
 
-inline Vec<float> vexp(Vec<float> x) {  // to 2 units in the last place within the range of normal numbers
+#if defined(__AVX512F__)
+inline Vec<float> vmax(Vec<float> a, Vec<float> b) { return _mm512_max_ps(a, b); }
+inline Vec<float> vmin(Vec<float> a, Vec<float> b) { return _mm512_min_ps(a, b); }
+#elif defined(__AVX__)
+inline Vec<float> vmax(Vec<float> a, Vec<float> b) { return _mm256_max_ps(a, b); }  // b where either is not a number
+inline Vec<float> vmin(Vec<float> a, Vec<float> b) { return _mm256_min_ps(a, b); }
+#else
+inline Vec<float> vmax(Vec<float> a, Vec<float> b) { return a > b ? a : b; }
+inline Vec<float> vmin(Vec<float> a, Vec<float> b) { return a < b ? a : b; }
+#endif
+
+inline Vec<float> vexp2(Vec<float> x) {  // to 2 units in the last place within the range of normal numbers
     using I = Lanes<float>::ivec;
-    const Vec<float> low = Vec<float>{} - 87.f, high = Vec<float>{} + 88.f, magic = Vec<float>{} + 12582912.f;
-    x = x < low ? low : x;
-    x = x > high ? high : x;
-    Vec<float> shifted = x * 1.44269504f + magic;              // 1.5·2^23: the integer lands in the low bits
-    Vec<float> k = shifted - magic;
-    Vec<float> r = x - k * 0.693359375f;
-    r = r - k * -2.12194440e-4f;
-    Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.f;
-    I scale = ((I)shifted - (I)magic + 127) << 23;
-    return p * (Vec<float>)scale;
+    const Vec<float> magic = Vec<float>{} + 12583039.f;  // 1.5·2^23 + 127: the exponent's bits land in the lowest
+    x = vmin(Vec<float>{} + 127.f, vmax(Vec<float>{} - 126.f, x));
+    const Vec<float> shifted = x + magic, r = x - (shifted - magic);
+    Vec<float> p = r * 1.535336188e-4f + 1.339887440e-3f;
+    p = p * r + 9.618437358e-3f;
+    p = p * r + 5.550332471e-2f;
+    p = p * r + 2.402264791e-1f;
+    p = p * r + 6.931472029e-1f;
+    p = p * r + 1.f;
+    return p * (Vec<float>)((I)shifted << 23);
 }
+
+inline Vec<double> vexp2(Vec<double> x) {
+    for (int w = 0; w < Lanes<double>::W; ++w) x[w] = std::exp2(x[w]);
+    return x;
+}
+
+constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
+
+inline Vec<float> vexp(Vec<float> x) { return vexp2(x * (float)LOG2E); }
 
 inline Vec<double> vexp(Vec<double> x) {
     for (int w = 0; w < Lanes<double>::W; ++w) x[w] = std::exp(x[w]);
@@ -244,11 +262,11 @@ template <typename T, typename S, int FIXED> void forward(const Args& a) {
     run_tasks(a, [&](int64_t b, int64_t group) {
         const Range range = blocks_of(a, group, size.blocks);
         const bool reverse = b >= a.reverse_from;
-        std::vector<V> state((range.last - range.first) * N), A(state.size());
+        std::vector<V> state((range.last - range.first) * N), A(state.size());  // A times log2 e, for exp2
         for (int64_t k = range.first; k < range.last; ++k)
             for (int64_t n = 0; n < N; ++n) {
                 const int count = (int)std::min<int64_t>(size.W, a.width - k * size.W);
-                A[(k - range.first) * N + n] = lanes_of<S>((S*)a.A + n, k * size.W, N, count);
+                A[(k - range.first) * N + n] = lanes_of<S>((S*)a.A + n, k * size.W, N, count) * (S)LOG2E;
                 state[(k - range.first) * N + n] = V{};
             }
         for (int64_t chunk = 0; chunk < size.chunks; ++chunk) {
@@ -267,7 +285,7 @@ template <typename T, typename S, int FIXED> void forward(const Args& a) {
                     const V dx = s.dt * s.x;
                     V y = D * s.x;
                     for (int64_t n = 0; n < N; ++n) {
-                        h[n] = vexp(s.dt * A_k[n]) * h[n] + dx * B[n];
+                        h[n] = vexp2(s.dt * A_k[n]) * h[n] + dx * B[n];
                         y += h[n] * C[n];
                     }
                     if (a.z.data) {
@@ -303,7 +321,7 @@ template <typename T, typename S, int FIXED> void backward(const Args& a) {
         for (int64_t k = range.first; k < range.last; ++k)
             for (int64_t n = 0; n < N; ++n) {
                 const int count = (int)std::min<int64_t>(size.W, a.width - k * size.W);
-                A[(k - range.first) * N + n] = lanes_of<S>((S*)a.A + n, k * size.W, N, count);
+                A[(k - range.first) * N + n] = lanes_of<S>((S*)a.A + n, k * size.W, N, count) * (S)LOG2E;
             }
         for (int64_t chunk = size.chunks - 1; chunk >= 0; --chunk) {
             const int64_t begin = chunk * STEPS, end = std::min(begin + STEPS, a.length);
@@ -322,7 +340,7 @@ template <typename T, typename S, int FIXED> void backward(const Args& a) {
                     const V dx = s.dt * s.x;
                     V y = D * s.x;
                     for (int64_t n = 0; n < N; ++n) {
-                        decay[j * N + n] = vexp(s.dt * A_k[n]);
+                        decay[j * N + n] = vexp2(s.dt * A_k[n]);
                         h[(j + 1) * N + n] = decay[j * N + n] * h[j * N + n] + dx * B[n];
                         y += h[(j + 1) * N + n] * C[n];
                     }
@@ -352,7 +370,7 @@ template <typename T, typename S, int FIXED> void backward(const Args& a) {
                         into_x += g_n * B[n];
                         g[n] = g_n * a_n;
                     }
-                    ddt += into_x * s.x;
+                    ddt = ddt * (S)LN2 + into_x * s.x;
                     if (a.softplus) ddt = s.raw > 20 ? ddt : ddt * sigmoid(s.raw);
                     dD[o] += dy * s.x;
                     dbias[o] += ddt;

@@ -137,7 +137,8 @@ class Model(torch.nn.Module):
 def test_from_model():
     expected = EvalTransform((96, 128), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bicubic", 0.95)
     assert EvalTransform.from_model(Model()) == expected
-    assert EvalTransform.from_model(Model(), crop_pct=1.0, size=(64, 64)).crop_pct == 1.0
+    overridden = EvalTransform.from_model(Model(), crop_pct=1.0, size=(64, 64))
+    assert overridden == EvalTransform((64, 64), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bicubic", 1.0)
 
 
 def test_from_model_of_one_channel():

@@ -1,5 +1,9 @@
 """The public scan: what it computes on every backend that runs here, what it refuses, how it compiles."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -262,3 +266,24 @@ def test_reference_matches_the_closed_form():
     h = torch.stack([0.2 * 3 * sum(decay**k for k in range(t + 1)) for t in range(6)])
     assert error(out[0, 0], 2 * h) < 1e-14
     assert error(state[0, 0, 0], h[-1]) < 1e-14
+
+
+def test_without_a_compiler_one_warning_and_the_same_result(tmp_path):
+    """A fresh process with an empty cache and no compiler: `auto` goes on with plain PyTorch."""
+    code = """
+import logging, torch
+logging.basicConfig(format='%(levelname)s %(message)s')
+from etmamba_timm.ops import scan_backends, selective_scan
+torch.manual_seed(0)
+x = torch.randn(2, 3, 20)
+A, B = -torch.rand(3, 4), torch.randn(2, 4, 20)
+outs = [selective_scan(x, x, A, B, B, delta_softplus=True, backend=b) for b in ('auto', 'auto', 'reference')]
+torch.testing.assert_close(outs[1], outs[2])
+print(scan_backends()['cpu'])
+"""
+    environment = os.environ | {"PATH": "", "CXX": "", "ETMAMBA_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "install a C++ compiler" in done.stdout
+    assert done.stderr.count("WARNING selective scan runs on the slow backend 'torch'") == 1
+    assert done.stderr.count("install a C++ compiler") == 1

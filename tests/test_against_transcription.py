@@ -299,7 +299,7 @@ MISTAKES = {
     "ebs": EBS_MISTAKES,
     "stcm": EBS_MISTAKES
     | {
-        "halves of Fuse swapped": with_value("fuse.weight", halves_swapped),
+        "halves of Fuse swapped": with_value("fusion.weight", halves_swapped),
         "the two norms swapped": lambda params: swapped(params, "norm.weight", "local.norm.weight"),
         "3×3 turned": with_value("local.conv3.weight", lambda w: w.swapaxes(-1, -2)),
         "5×5 turned": with_value("local.conv5.weight", lambda w: w.swapaxes(-1, -2)),
@@ -308,7 +308,7 @@ MISTAKES = {
             "local.conv7.weight", lambda w: np.pad(w[..., 1:-1, 1:-1], ((0, 0), (0, 0), (1, 1), (1, 1)))
         ),
         "no bias of 3×3": with_value("local.conv3.bias", np.zeros_like),
-        "no bias of Fuse": with_value("fuse.bias", np.zeros_like),
+        "no bias of Fuse": with_value("fusion.bias", np.zeros_like),
     },
     "bimamba": {
         "x and z swapped": with_chunks("mixer.in_proj", 1, 0),

@@ -296,7 +296,7 @@ def stcm_block(params: Params, tokens: Array, grid: tuple[int, int, int]) -> Arr
     normed = layer_norm(tokens, params["norm.weight"], params["norm.bias"])
     mixed = ebs(sub(params, "mixer"), normed)
     local = stcm_local(sub(params, "local"), normed, tokens, grid)
-    fused = linear(np.concatenate([mixed, local], axis=-1), params["fuse.weight"], params["fuse.bias"])
+    fused = linear(np.concatenate([mixed, local], axis=-1), params["fusion.weight"], params["fusion.bias"])
     return tokens + fused
 
 
@@ -468,7 +468,7 @@ def block_shapes(block: str, dim: int, **mixer: int) -> Shapes:
         for size in (3, 5, 7):
             shapes |= {f"local.conv{size}.weight": (quarter, 1, size, size), f"local.conv{size}.bias": (quarter,)}
         shapes |= {"local.norm.weight": (dim,), "local.norm.bias": (dim,)}
-        shapes |= {"fuse.weight": (dim, 2 * dim), "fuse.bias": (dim,)}
+        shapes |= {"fusion.weight": (dim, 2 * dim), "fusion.bias": (dim,)}
     return shapes
 
 

@@ -62,16 +62,16 @@ class StcmBlock(nn.Module):
         self.norm = LayerNorm(dim, **dd)
         self.mixer = Ebs(dim, depth, d_state, expand, d_conv, **dd)
         self.local = LocalBranch(dim, **dd)
-        self.fuse = nn.Linear(2 * dim, dim, **dd)
+        self.fusion = nn.Linear(2 * dim, dim, **dd)  # the formulas' Fuse; timm would call a method of that name
         self.drop_path = DropPath(drop_path)
 
     def init_weights(self) -> None:
         """The fusion divided by √depth. After the linear layers' own initialisation."""
         with torch.no_grad():
-            self.fuse.weight.div_(self.depth**0.5)
+            self.fusion.weight.div_(self.depth**0.5)
 
     def forward(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """x: tokens [B, 1 + t·h·w, D], class token first; grid (t, h, w) -> [B, 1 + t·h·w, D]."""
         x_norm = self.norm(x)
         both = torch.cat([self.mixer(x_norm), self.local(x_norm, x, grid)], dim=-1)  # [B, 1 + t·h·w, 2D]
-        return x + self.drop_path(self.fuse(both))
+        return x + self.drop_path(self.fusion(both))

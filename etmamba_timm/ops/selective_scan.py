@@ -113,7 +113,7 @@ def _choose(name: str, tensors: tuple):
     if name not in BACKENDS:
         raise ValueError(f"unknown scan backend {name!r}; choose 'auto' or one of {', '.join(BACKENDS)}")
     backend = BACKENDS[name]
-    reason = backend.rejects(*tensors) or _why_not(name)
+    reason = _why_not(name) or backend.rejects(*tensors)
     if reason:
         raise RuntimeError(f"scan backend {name!r} can't run: {reason}")
     return backend

@@ -227,7 +227,7 @@ def test_initialisation():
     for block in model.blocks:
         assert block.mixer.in_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
         assert block.mixer.out_proj.weight.std().item() == pytest.approx(0.01, rel=0.05)
-        assert block.fuse.weight.std().item() == pytest.approx(0.01, rel=0.05)
+        assert block.fusion.weight.std().item() == pytest.approx(0.01, rel=0.05)
         dt = torch.nn.functional.softplus(block.mixer.dt_proj.bias)
         assert 0.00099 < dt.min() < dt.max() < 0.1001
         assert block.mixer.dt_proj.weight.abs().max() <= 4**-0.5

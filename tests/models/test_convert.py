@@ -96,7 +96,7 @@ def test_other_channels_keep_all_but_the_stem(in_chans):
     source = timm.create_model("etmamba_ti", **kwargs)
     model = timm.create_model("etmamba_ti", in_chans=in_chans, **kwargs)
     model.load_state_dict(checkpoint_filter_fn(source.state_dict(), model))
-    assert torch.equal(model.blocks[0].fuse.weight, source.blocks[0].fuse.weight)
+    assert torch.equal(model.blocks[0].fusion.weight, source.blocks[0].fusion.weight)
 
 
 def test_through_timms_own_loader(golden, tmp_path):

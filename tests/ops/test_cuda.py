@@ -193,7 +193,7 @@ def test_standin_agrees_over_two_chunks(mamba):
     dout = torch.randn(inputs["u"].shape)
     got = with_gradients(mamba.selective_scan_fn, inputs, dout)
     want = with_gradients(mamba.selective_scan_ref, inputs, dout)
-    assert_close(got, want, TOLERANCE[torch.float32])
+    assert_close(got, want, 2 * TOLERANCE[torch.float32])  # the other rounds as well
 
 
 def kernel_arguments(**changes) -> list:

@@ -1,6 +1,7 @@
 """The `etmamba` command: arguments and printing; the work is done by the modules it calls."""
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -16,16 +17,32 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status: 0, 1 if a file or more failed, 2 if nothing could be done."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     args = _parser().parse_args(argv)
+    if sys.stdout is None:
+        print("etmamba: standard output is closed", file=sys.stderr)
+        return 2
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
-        return args.run(args)
+        status = args.run(args)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
+        print("etmamba: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `etmamba … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return 0
     except (ValueError, RuntimeError, OSError) as error:
         print(f"etmamba: {error}", file=sys.stderr)
+        if isinstance(error, OSError):
+            _drop_stdout()
         return 2
+
+
+def _drop_stdout() -> None:
+    """What is still to be written to standard output goes nowhere, without a complaint when Python exits."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,27 +100,41 @@ def _features(args: argparse.Namespace) -> int:
 
     if args.output.suffix != ".safetensors":
         raise ValueError(f"{args.output}: features are written as safetensors; give a name that ends in .safetensors")
+    args.output = args.output.resolve()  # writes through a link
     if not args.output.parent.is_dir():
         raise ValueError(f"{args.output.parent}: no such folder; make it first")
-    model, options = _set_up(args, need_classifier=False)
-    done: dict[str, object] = {}
-    status = _each(args, lambda file: (file, extract_features(model, file, **options)), lambda r: done.update([r]))
-    if done:
-        _write_features(args, done)
-        print(f"features of {len(done)} of {len(args.files)} files: {args.output}", file=sys.stderr)
-    return status
+    if args.output.is_dir():
+        raise ValueError(f"{args.output}: is a folder; name a file in it")
+    inputs = [Path(file) for file in args.files] + ([args.checkpoint] if args.checkpoint else [])
+    if args.output.exists() and any(path.exists() and path.samefile(args.output) for path in inputs):
+        raise ValueError(f"{args.output}: is an input; name another file for the features")
+    try:
+        drafts = tempfile.TemporaryDirectory(dir=args.output.parent, prefix=".etmamba-")
+    except OSError as error:
+        raise ValueError(f"{args.output}: can't be written ({error.strerror}); choose another folder") from error
+    with drafts as folder:
+        model, options = _set_up(args, need_classifier=False)
+        done = []
+        try:
+            return _each(args, lambda file: (file, extract_features(model, file, **options)), done.append)
+        finally:  # also when it is interrupted
+            if done:
+                _write_features(args, done, Path(folder) / args.output.name)
+                print(f"features of {len(done)} of {len(args.files)} files: {args.output}", file=sys.stderr)
 
 
-def _write_features(args: argparse.Namespace, features: dict) -> None:
+def _write_features(args: argparse.Namespace, features: list[tuple], draft: Path) -> None:
     """Writes 'features' [files, D], and the files' names in the metadata; whole or not at all."""
     import torch
     from safetensors.torch import save
 
-    metadata = {"files": json.dumps(list(features)), "model": args.model, "checkpoint": str(args.checkpoint or "")}
-    with tempfile.TemporaryDirectory(dir=args.output.parent, prefix=".etmamba-") as folder:
-        draft = Path(folder) / args.output.name
-        draft.write_bytes(save({"features": torch.stack(list(features.values()))}, metadata))
+    files, rows = zip(*features, strict=True)
+    metadata = {"files": json.dumps(files), "model": args.model, "checkpoint": str(args.checkpoint or "")}
+    try:
+        draft.write_bytes(save({"features": torch.stack(rows)}, metadata))
         os.replace(draft, args.output)
+    except OSError as error:
+        raise ValueError(f"{args.output}: can't be written ({error.strerror})") from error
 
 
 def _set_up(args: argparse.Namespace, need_classifier: bool) -> tuple:
@@ -115,8 +146,13 @@ def _set_up(args: argparse.Namespace, need_classifier: bool) -> tuple:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either for a device that isn't there
-        raise ValueError(f"device {device!r} can't be used: {str(error).splitlines()[0]}") from None
+        if torch.device(device).type == "meta":
+            raise RuntimeError("it holds no numbers")
+    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:  # for one that isn't there
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise ValueError(
+            f"device {device!r} can't be used here; use cpu, or cuda where there is one ({reason})"
+        ) from None
     model = load_model(
         args.model, args.checkpoint, allow_untrained=args.allow_untrained, need_classifier=need_classifier
     )
@@ -128,19 +164,18 @@ def _each(args: argparse.Namespace, work: Callable[[str], object], take: Callabl
     """Works through the files behind a progress bar; a bad file is reported and does not stop the others."""
     from tqdm import tqdm
 
-    from .data import VideoError
-
     failed = 0
     with tqdm(args.files, unit="file", disable=None if len(args.files) > 1 else True) as bar:
         for file in bar:
             try:
                 result = work(file)
-            except VideoError as error:
+            except (ValueError, OSError, RuntimeError, MemoryError) as error:
                 failed += 1
+                message = str(error) if str(error).startswith(file) else f"{file}: {error}"
                 with bar.external_write_mode(file=sys.stderr):
-                    print(f"etmamba: {error}", file=sys.stderr)
+                    print(f"etmamba: {message}", file=sys.stderr)
                 if getattr(args, "json", False):
-                    take(json.dumps({"file": file, "model": args.model, "error": str(error)}))
+                    take(json.dumps({"file": file, "model": args.model, "error": message}))
                 continue
             with bar.external_write_mode(file=sys.stdout):
                 take(result)
@@ -216,10 +251,9 @@ def _readable(row: dict) -> dict:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
+    if not text.isdecimal() or not 1 <= int(text) <= 10_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to 10000")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -7,17 +7,26 @@ print(top_classes(model, scores))
 
 import contextlib
 import logging
+import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.models import is_model_pretrained, load_state_dict
 from torch import Tensor
 
 from .data import EvalTransform, VideoReader, sample_clips
 from .models import VARIANTS, EtMamba, checkpoint_filter_fn
 from .models.convert import from_videomamba
+
+# What reading a file of any content may raise.
+_UNREADABLE = (
+    *(OSError, EOFError, LookupError, AttributeError, TypeError, ValueError, RuntimeError),
+    *(pickle.UnpicklingError, SafetensorError),
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -59,7 +68,7 @@ def load_model(
             )
         if not trained:
             _logger.warning("%s has no trained weights: its results are random", name)
-        model = timm.create_model(name, pretrained=trained)
+        model = _from_source(name) if is_source else timm.create_model(name, pretrained=trained)
         has_classifier = trained and getattr(model, "num_classes", 0) > 0
     if not isinstance(model, EtMamba):
         raise ValueError(f"{name!r} holds a {type(model).__name__}, no video model of this package")
@@ -87,7 +96,7 @@ def predict(
         ValueError: a model without classes, a number of clips or crops that doesn't exist.
     """
     if model.num_classes < 1:
-        raise ValueError("the model has no classes to predict; use extract_features")
+        raise ValueError("the model has no classes to predict; use extract_features, or a checkpoint with a classifier")
     return _over_views(model, lambda x: model(x).float().softmax(-1), path, num_clips, num_crops, dtype)
 
 
@@ -124,6 +133,8 @@ def _over_views(
     dtype: torch.dtype | None,
 ) -> Tensor:
     """The mean over views of `function`, which takes the crops of one clip [num_crops, C, T, H, W]."""
+    if model.training or not model.global_pool:
+        raise ValueError("the model must be in evaluation mode and pool its tokens: model.eval(), global_pool='token'")
     transform = EvalTransform.from_model(model, size=model.img_size)
     weight = model.cls_token
     autocast = torch.autocast(weight.device.type, dtype) if dtype else contextlib.nullcontext()
@@ -133,24 +144,57 @@ def _over_views(
         for indices in sample_clips(video.info.num_frames, model.num_frames, STRIDE, num_clips):
             views = transform(video.read(indices), num_crops)
             results.append(function(views.to(weight.device, weight.dtype)).cpu())
-    return torch.cat(results).mean(0)
+    mean = torch.cat(results).mean(0)
+    if not mean.isfinite().all():
+        raise ValueError(f"{path}: the result isn't finite; check the checkpoint, or use float32")
+    return mean
+
+
+def _from_source(name: str) -> torch.nn.Module:
+    try:
+        return timm.create_model(name, pretrained=True)
+    except _UNREADABLE as error:
+        raise ValueError(f"{name} can't be loaded: {_first_line(error)}") from error
+
+
+def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        state_dict = from_videomamba(load_state_dict(str(path), weights_only=True))
+    except _UNREADABLE as error:
+        reason = "it is damaged, or no file of weights"
+        raise ValueError(f"{path} can't be read as a checkpoint: {reason} ({_first_line(error)})") from error
+    if not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in state_dict.items()):
+        raise ValueError(f"{path} is no checkpoint: it holds other things than named tensors")
+    return state_dict
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
 def _from_checkpoint(name: str, path: Path) -> tuple[EtMamba, bool]:
     """The model that a checkpoint's shapes ask for, and whether the checkpoint has its classifier."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    state_dict = from_videomamba(load_state_dict(str(path), weights_only=True))
+    state_dict = _read_checkpoint(path)
     patch, head = state_dict.get("patch_embed.proj.weight"), state_dict.get("head.weight")
     positions, times = state_dict.get("pos_embed"), state_dict.get("temporal_pos_embedding")
-    if patch is None or positions is None:
-        raise ValueError(f"{path} is no checkpoint of {name!r}: it has no patch embedding or no positions")
+    for t, ndim, needed in ((patch, 5, True), (positions, 3, True), (times, 3, False), (head, 2, False)):
+        if (t is None and needed) or (t is not None and t.ndim != ndim):
+            raise ValueError(f"{path} is no checkpoint of {name!r}: its patches, positions or classifier are missing")
+    side = math.isqrt(positions.shape[1] - 1)
+    if side * side != positions.shape[1] - 1:
+        raise ValueError(
+            f"{path} is made for a picture that isn't square, and its size isn't known: build the model by "
+            "timm.create_model with its img_size, and load the weights into it"
+        )
     model = timm.create_model(
         name,
         num_classes=0 if head is None else len(head),
         num_frames=1 if times is None else times.shape[1],  # without times: an image model
         in_chans=patch.shape[1],
-        img_size=round((positions.shape[1] - 1) ** 0.5) * patch.shape[-1],
+        patch_size=patch.shape[-1],
+        img_size=side * patch.shape[-1],
     )
     state_dict = checkpoint_filter_fn(state_dict, model)
     own = model.state_dict()

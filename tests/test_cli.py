@@ -1,6 +1,8 @@
 """The `etmamba` command on real files: what it prints, what it exits with, what bad files do to the others."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -83,6 +85,56 @@ def test_features_are_written_whole(trained, folder, capsys):
     assert not list(folder.glob(".etmamba-*"))
 
 
+def test_features_do_not_overwrite_an_input(trained, folder, capsys):
+    before = (folder / "weights.safetensors").read_bytes()
+    assert main(["features", "good.mp4", *trained, "-o", "weights.safetensors"]) == 2
+    assert "is an input; name another file" in capsys.readouterr().err
+    assert (folder / "weights.safetensors").read_bytes() == before
+
+
+def test_features_are_kept_when_interrupted(trained, folder, monkeypatch, capsys):
+    import etmamba_timm.predict
+
+    original = extract_features
+
+    def interrupted(model, file, **options):
+        if file == "other.webm":
+            raise KeyboardInterrupt
+        return original(model, file, **options)
+
+    monkeypatch.setattr(etmamba_timm.predict, "extract_features", interrupted)
+    assert main(["features", "good.mp4", "other.webm", "good.mp4", *trained, "-o", "kept.safetensors"]) == 130
+    assert load_file(folder / "kept.safetensors")["features"].shape == (1, 192)
+    assert "features of 1 of 3 files" in capsys.readouterr().err
+
+
+def test_a_pipe_without_a_writer_does_not_hang(trained, folder, capsys):
+    os.mkfifo(folder / "pipe.mp4")
+    assert main(["predict", "pipe.mp4", "good.mp4", *trained]) == 1
+    assert "is a pipe or a device, not a file" in capsys.readouterr().err
+
+
+def test_an_endless_picture_does_not_take_the_memory(trained, folder, capsys):
+    write_video(folder / "wide.mkv", num_frames=2, height=2, width=4096, codec="ffv1")
+    assert main(["predict", "wide.mkv", "good.mp4", *trained]) == 1
+    assert "wide.mkv: frames are 2×4096; one side is over 50 times the other" in capsys.readouterr().err
+
+
+def test_names_that_are_no_text(trained, folder, capsys):
+    name = os.fsdecode(b"bad\xff.mp4")
+    shutil.copy(folder / "good.mp4", folder / name)
+    assert main(["predict", name, "good.mp4", *trained]) == 0
+
+
+def test_standard_output_that_is_full(trained):
+    command = [sys.executable, "-m", "etmamba_timm.cli", "info", "etmamba_ti"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("etmamba: ")
+    assert "Exception ignored" not in done.stderr
+
+
 def test_features_of_nothing_write_nothing(trained, folder):
     assert main(["features", "text.mp4", *trained, "-o", "none.safetensors"]) == 1
     assert not (folder / "none.safetensors").exists()
@@ -99,6 +151,7 @@ def test_features_of_nothing_write_nothing(trained, folder):
         (["predict", "good.mp4", "--model", "etmamba_ti", "--checkpoint", "w.pth"], "w.pth: no such checkpoint"),
         (["features", "good.mp4", "--model", "etmamba_ti", "-o", "f.npz"], "ends in .safetensors"),
         (["features", "good.mp4", "--model", "etmamba_ti", "-o", "no/f.safetensors"], "no: no such folder"),
+        (["predict", "good.mp4", "--model", "etmamba_ti", "--device", "meta"], "device 'meta' can't be used"),
         (["info", "etmamba_x"], "unknown model 'etmamba_x'; choose one of videomamba_ti,"),
         (["info", "etmamba_ti", "--img-size", "100"], "must be a multiple of 16"),
     ],

@@ -39,6 +39,11 @@ def test_imports_point_one_way():
         part = relative.parts[0].removesuffix(".py")
         seen.add(part)
         for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0):
+                absolute = [alias.name for alias in node.names] + [getattr(node, "module", "")]
+                assert not any(name.startswith("etmamba_timm") for name in absolute), (
+                    f"{relative}: use a relative import"
+                )
             if isinstance(node, ast.ImportFrom) and node.level:
                 above = ("etmamba_timm", *relative.parts[:-1])[: len(relative.parts) + 1 - node.level]
                 target = [*above[1:], *(node.module or "").split(".")]

@@ -1,5 +1,7 @@
 """From real video files to scores and features, from Python."""
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -69,6 +71,21 @@ def test_model_without_classes(model, video):
     assert extract_features(model, video).shape == (16,)
 
 
+def test_training_mode_or_no_pooling_is_refused(model, video):
+    with pytest.raises(ValueError, match="must be in evaluation mode and pool its tokens"):
+        predict(model.train(), video)
+    model.reset_classifier(6, "")
+    with pytest.raises(ValueError, match="must be in evaluation mode and pool its tokens"):
+        predict(model.eval(), video)
+
+
+def test_results_that_are_not_finite_are_refused(model, video):
+    with torch.no_grad():
+        model.head.weight[0] = torch.nan
+    with pytest.raises(ValueError, match="the result isn't finite; check the checkpoint"):
+        predict(model, video)
+
+
 def test_missing_file(model, tmp_path):
     with pytest.raises(VideoError, match="no such file"):
         predict(model, tmp_path / "nothing.mp4")
@@ -107,7 +124,33 @@ class TestLoadModel:
     def test_something_else_in_the_file(self, tmp_path):
         path = tmp_path / "weights.safetensors"
         save_file({"weight": torch.zeros(3)}, path)
-        with pytest.raises(ValueError, match="it has no patch embedding"):
+        with pytest.raises(ValueError, match="its patches, positions or classifier are missing"):
+            load_model("etmamba_ti", path)
+
+    @pytest.mark.parametrize("content", [b"", b"no weights", b"PK\x03\x04 and no more", bytes(range(256)) * 9])
+    @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+    def test_a_damaged_checkpoint(self, tmp_path, content, suffix):
+        path = tmp_path / f"weights.{suffix}"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"weights.{suffix} (can't be read as a|is no) checkpoint"):
+            load_model("etmamba_ti", path)
+
+    def test_a_pickle_with_code_is_not_run(self, tmp_path):
+        class Code:
+            def __reduce__(self):
+                return (Path.touch, (tmp_path / "run",))
+
+        path = tmp_path / "weights.pth"
+        torch.save({"model": Code()}, path)
+        with pytest.raises(ValueError, match="can't be read as a checkpoint.*weights_only=True blocked"):
+            load_model("etmamba_ti", path)
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize("content", [{"patch_embed.proj.weight": 3}, {1: torch.zeros(2)}, {"a": None}])
+    def test_other_things_than_tensors(self, tmp_path, content):
+        path = tmp_path / "weights.pth"
+        torch.save(content, path)
+        with pytest.raises(ValueError, match="weights.pth (can't be read as a|is no) checkpoint"):
             load_model("etmamba_ti", path)
 
     def test_missing_checkpoint(self, tmp_path):

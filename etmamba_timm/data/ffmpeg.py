@@ -2,6 +2,7 @@
 
 import logging
 import math
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -15,6 +16,8 @@ from av.video.stream import VideoStream
 _logger = logging.getLogger(__name__)
 
 _ATTACHED_PICTURE = 0x400  # FFmpeg's mark of a cover, as music files have one
+# Demuxers that draw bytes as pictures, or open what a list names.
+_NO_VIDEO = {"tty", "cdg", "bin", "concat", "hls", "dash", "sdp", "rtsp"}
 _FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")  # what an mp4 or mov may begin with
 
 
@@ -27,9 +30,12 @@ def check_file(path: Path) -> None:
 
     FFmpeg would draw a text as pictures, and would open whatever files and addresses a playlist names.
     """
-    if path.is_dir():
-        raise VideoError(f"{path}: is a directory; name one video file in it")
     try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise VideoError(f"{path}: is a directory; name one video file in it")
+        if not stat.S_ISREG(mode):
+            raise VideoError(f"{path}: is a pipe or a device, not a file; save it to a file first")
         with path.open("rb") as file:
             head = file.read(1024)
     except FileNotFoundError:
@@ -54,6 +60,8 @@ def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
             "unknown: copy or download it again, or convert it with ffmpeg"
         ) from error
     with container:
+        if _NO_VIDEO.intersection(container.format.name.split(",")):
+            raise VideoError(f"{path}: is a {container.format.long_name} file, not a video; name a video file")
         streams = list(container.streams.video)
         streams = [stream for stream in streams if not int(getattr(stream, "disposition", 0) or 0) & _ATTACHED_PICTURE]
         if not streams:

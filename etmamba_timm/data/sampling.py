@@ -1,5 +1,7 @@
 """Which frames of a video make up its clips: arithmetic on whole numbers."""
 
+from typing import SupportsIndex
+
 
 def sample_clips(num_video_frames: int, num_frames: int = 16, stride: int = 2, num_clips: int = 1) -> list[list[int]]:
     """Dense sampling: the frame numbers of `num_clips` clips of `num_frames` frames each, `stride` frames apart.
@@ -20,6 +22,8 @@ def sample_clips(num_video_frames: int, num_frames: int = 16, stride: int = 2, n
         ("stride", stride, "use 1 for neighbouring frames"),
         ("num_clips", num_clips, "ask for at least one clip"),
     ):
+        if not isinstance(value, SupportsIndex):
+            raise ValueError(f"{name} is {value!r}; it must be a whole number")
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be 1 or more: {remedy}")
     last = num_video_frames - 1

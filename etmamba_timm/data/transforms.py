@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
+MOST_ELONGATED = 50  # sides' ratio: beyond, resizing the short side would take a huge picture
 _INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
 
 
@@ -78,6 +79,10 @@ class EvalTransform:
             )
         if num_crops not in (1, 3):
             raise ValueError(f"num_crops is {num_crops}; use 1 (centre) or 3 (start, centre, end)")
+        if max(frames.shape[1:3]) > MOST_ELONGATED * min(frames.shape[1:3]):
+            raise ValueError(
+                f"frames are {frames.shape[1]}×{frames.shape[2]}; one side is over {MOST_ELONGATED} times the other"
+            )
         height, width = self.size
         clip = frames.permute(0, 3, 1, 2)  # [T, H, W, 3] -> [T, 3, H, W], in memory as it was: resizing is quick so
         mode = InterpolationMode(self.interpolation)

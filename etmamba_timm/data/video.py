@@ -189,7 +189,11 @@ class VideoReader:
         height, width, turn = self.info.height, self.info.width, self.info.rotation
         if turn % 180:
             height, width = width, height
-        return np.rot90(frame.to_ndarray(format="rgb24", height=height, width=width), -turn // 90)
+        try:
+            picture = frame.to_ndarray(format="rgb24", height=height, width=width)
+        except (av.FFmpegError, ValueError, MemoryError) as error:
+            raise VideoError(f"{self.path}: a frame has no RGB form ({error}); convert it with ffmpeg") from error
+        return np.rot90(picture, -turn // 90)
 
     def _warn(self, message: str) -> None:
         if not self._warned:

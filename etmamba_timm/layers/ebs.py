@@ -57,5 +57,4 @@ class Ebs(nn.Module):
         )
         z = torch.cat([forward_z, backward_z])
         y = ssm(bidirectional_scan, u, z, self.x_proj, self.dt_proj, self.A_log, self.D)
-        y_forward, y_backward = y.chunk(2)
-        return self.out_proj(y_forward + y_backward)
+        return self.out_proj(y.unflatten(0, (2, x.shape[0])).sum(0))

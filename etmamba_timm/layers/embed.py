@@ -30,10 +30,10 @@ def resample_spatial(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, in
 
 def resample_temporal(embedding: Tensor, length: int) -> Tensor:
     """Temporal position embedding [1, t, D] -> [1, length, D]: linear."""
-    if embedding.shape[1] == length:
+    if not torch.compiler.is_compiling() and embedding.shape[1] == length:  # a graph is for any length
         return embedding
     x = embedding.to(torch.promote_types(embedding.dtype, torch.float32)).transpose(1, 2)  # [1, D, t]
-    return F.interpolate(x, size=length, mode="linear").transpose(1, 2).to(embedding.dtype)
+    return F.interpolate(x, size=length, mode="linear").transpose(1, 2).to(embedding.dtype).contiguous()
 
 
 def to_tokens(

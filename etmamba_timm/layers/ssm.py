@@ -67,12 +67,11 @@ def ssm(
 
 
 @torch.no_grad()
-def init_dt(dt_proj: nn.Linear, dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: float = 1e-4) -> None:
-    """Mamba's initialisation: weights uniform within ±R^-½; softplus of the bias log-uniform in [dt_min, dt_max]."""
+def init_dt(dt_proj: nn.Linear) -> None:
+    """Mamba's initialisation: weights uniform within ±R^-½; softplus of the bias log-uniform in [0.001, 0.1]."""
     bound = dt_proj.in_features**-0.5
     nn.init.uniform_(dt_proj.weight, -bound, bound)
-    dt = torch.empty_like(dt_proj.bias, dtype=torch.float32).uniform_(math.log(dt_min), math.log(dt_max)).exp()
-    dt = dt.clamp(min=dt_floor)
+    dt = torch.empty_like(dt_proj.bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(0.1)).exp()
     dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
 

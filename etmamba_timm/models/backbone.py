@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 import torch
 from timm.layers import get_device_dtype, trunc_normal_
@@ -81,6 +82,8 @@ class EtMamba(nn.Module):
             ("d_conv", d_conv, 0),
         ):
             _at_least(name, value, least)
+        if not 0 <= drop_path_rate <= 1:
+            raise ValueError(f"drop_path_rate is {drop_path_rate}; it must be within 0 and 1")
         _lookup("global_pool", global_pool, POOLS)
         stem_layer, block_layer = _lookup("stem", stem, STEMS), _lookup("block", block, BLOCKS)
 
@@ -128,7 +131,7 @@ class EtMamba(nn.Module):
         return self.temporal_pos_embedding.shape[1]
 
     def init_weights(self) -> None:
-        """Linear layers and positions: truncated normal 0.02, zero bias; SSMs as Mamba; convolutions as PyTorch.
+        """Linear layers and positions: truncated normal 0.02, zero bias; Mamba's Δ. The rest is drawn on construction.
 
         Unlike VideoMamba's code, which zeroes it, the Δ bias keeps Mamba's initialisation, in every variant.
         """
@@ -154,6 +157,7 @@ class EtMamba(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """x: tokens [B, N, D] -> logits [B, num_classes], or the pooled, dropped-out features [B, D]."""
+        x = x.to(self.cls_token.dtype)  # without the norm it would still be the residual stream's
         if self.global_pool == "token":
             x = x[:, 0]
         elif self.global_pool == "avg":
@@ -186,7 +190,7 @@ class EtMamba(nn.Module):
         Returns: the intermediates, or (final features [B, N, D], intermediates).
         """
         _lookup("output_fmt", output_fmt, ("NCHW", "NLC"))
-        take, last = feature_take_indices(len(self.blocks), None if indices is None else indices)
+        take, last = feature_take_indices(len(self.blocks), indices)
         is_image = x.ndim == 4
         x, grid = self._embed(x)
         taken = []
@@ -230,6 +234,7 @@ class EtMamba(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A fresh head for `num_classes` (0 for none), and another pooling if one is given."""
+        _at_least("num_classes", num_classes, 0)
         if global_pool is not None:
             self.global_pool = _lookup("global_pool", global_pool, POOLS)
         self.num_classes = num_classes
@@ -241,6 +246,8 @@ class EtMamba(nn.Module):
 
     def set_input_size(self, img_size: int | tuple[int, int] | None = None, num_frames: int | None = None) -> None:
         """Resamples the position embeddings, for good, to another picture size (pixels) or number of frames."""
+        if num_frames is not None:
+            _at_least("num_frames", num_frames, 1)
         if img_size is not None:
             img_size = _pair(img_size)
             grid_size = _grid_size(img_size, self.patch_size)
@@ -249,7 +256,6 @@ class EtMamba(nn.Module):
             self.img_size, self.grid_size = img_size, grid_size
             update_model_input_size(self, img_size)
         if num_frames is not None:
-            _at_least("num_frames", num_frames, 1)
             old = self.temporal_pos_embedding
             resampled = resample_temporal(old.detach(), num_frames)
             self.temporal_pos_embedding = nn.Parameter(resampled, requires_grad=old.requires_grad)
@@ -314,18 +320,23 @@ def _init_linear(module: nn.Module, name: str = "") -> None:
 
 
 def _at_least(name: str, value: int, least: int) -> None:
+    if not isinstance(value, SupportsIndex):
+        raise ValueError(f"{name} is {value!r}; it must be a whole number")
     if value < least:
         raise ValueError(f"{name} is {value}; it must be at least {least}")
 
 
 def _lookup(argument: str, name: str, table):
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise ValueError(f"unknown {argument} {name!r}; choose one of {', '.join(map(repr, table))}")
     return table[name] if isinstance(table, dict) else name
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
+    pair = (size, size) if isinstance(size, SupportsIndex) else tuple(size)
+    if len(pair) != 2 or not all(isinstance(side, SupportsIndex) for side in pair):
+        raise ValueError(f"img_size is {size!r}; it must be a whole number of pixels, or two: (height, width)")
+    return int(pair[0]), int(pair[1])
 
 
 def _grid_size(img_size: tuple[int, int], patch_size: int) -> tuple[int, int]:

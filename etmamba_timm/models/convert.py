@@ -1,11 +1,15 @@
 """State dicts of other origins and shapes -> ours: pure functions, used when weights load."""
 
+import logging
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from ..layers import resample_spatial, resample_temporal
+
+_logger = logging.getLogger(__name__)
 
 WRAPPERS = ("model", "module", "state_dict")
 
@@ -56,9 +60,13 @@ def adapt_in_chans(weight: Tensor, in_chans: int) -> Tensor:
 def checkpoint_filter_fn(state_dict: Mapping, model) -> dict[str, Tensor]:
     """timm's hook between a checkpoint and `load_state_dict`: names, channels and positions made to fit `model`.
 
-    A square position grid is assumed where the checkpoint's differs from the model's. An image checkpoint has no
-    temporal embedding; the model's own stays, as VideoMamba does. The stem is left as it is drawn where channels
-    differ, and left out where the model has none for its single channel.
+    The checkpoint's position grid is what its config.json says (`img_size`), else the model's own where the number
+    of positions is the same, else a square. An image checkpoint has no temporal embedding; the model's own stays, as
+    VideoMamba does. The stem is left as it is drawn where channels differ, which is logged, and left out where the
+    model has none for its single channel.
+
+    Raises:
+        ValueError: positions of a grid that is neither known nor square.
     """
     out = from_videomamba(state_dict)
     own = model.state_dict()
@@ -68,12 +76,37 @@ def checkpoint_filter_fn(state_dict: Mapping, model) -> dict[str, Tensor]:
         out[key] = adapt_in_chans(out[key], model.in_chans)
         if source_chans != model.in_chans:
             out = {k: v for k, v in out.items() if not k.startswith("stem.")}
-            out.update({k: v for k, v in own.items() if k.startswith("stem.")})
-    if "pos_embed" in out and out["pos_embed"].shape != own["pos_embed"].shape:
-        side = round((out["pos_embed"].shape[1] - 1) ** 0.5)
-        out["pos_embed"] = resample_spatial(out["pos_embed"], (side, side), model.grid_size)
+            fresh = {k: v for k, v in own.items() if k.startswith("stem.")}
+            if fresh:
+                _logger.warning("the stem is fresh: the checkpoint's is for %d channels", source_chans)
+            out.update(fresh)
+    if "pos_embed" in out:
+        grid = _source_grid(out["pos_embed"].shape[1] - 1, model)
+        out["pos_embed"] = resample_spatial(out["pos_embed"], grid, model.grid_size)
     if "temporal_pos_embedding" in out:
         out["temporal_pos_embedding"] = resample_temporal(out["temporal_pos_embedding"], model.num_frames)
     else:
         out["temporal_pos_embedding"] = own["temporal_pos_embedding"]
     return out
+
+
+def _source_grid(positions: int, model) -> tuple[int, int]:
+    """The (height, width) in patches that a checkpoint with so many positions was made for."""
+    size = getattr(model, "pretrained_model_args", {}).get("img_size")  # timm's, from config.json
+    if size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        grid = (height // model.patch_size, width // model.patch_size)
+        if grid[0] * grid[1] == positions:
+            return grid
+    side = math.isqrt(positions)
+    own = model.grid_size[0] * model.grid_size[1] == positions
+    if own and model.grid_size != (side, side) and side * side == positions:
+        _logger.warning("the checkpoint's %d positions are taken as a grid of %d×%d", positions, *model.grid_size)
+    if own:
+        return model.grid_size
+    if side * side != positions:
+        raise ValueError(
+            f"the checkpoint has {positions} positions, no square, and doesn't tell its picture's size: create the "
+            "model with the img_size it was trained at, load, and then call set_input_size"
+        )
+    return side, side

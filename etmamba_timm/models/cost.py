@@ -37,14 +37,14 @@ class Cost:
         return self.macs + self.scan_macs
 
 
-def count_cost(model: EtMamba, num_frames: int | None = None, img_size: tuple[int, int] | None = None) -> Cost:
-    """The cost of one clip of `num_frames` and `img_size` (height, width), by default those the model is made for.
+def count_cost(model: EtMamba, num_frames: int | None = None, img_size: int | tuple[int, int] | None = None) -> Cost:
+    """The cost of one clip of `num_frames` and `img_size` (an int or (H, W)), by default those the model is made for.
 
     Every weight is applied at a number of positions known from where it stands: nothing is run, and a model on the
     'meta' device will do.
     """
     frames = num_frames or model.num_frames
-    height, width = img_size or model.img_size
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size or model.img_size
     pixels = frames * height * width
     patches = frames * (height // model.patch_size) * (width // model.patch_size)
     tokens = 1 + patches

@@ -54,7 +54,7 @@ def scan(
     if delta_softplus:
         delta = F.softplus(delta)
 
-    decaying = bool((A.max() <= 0) & (delta.min() >= 0))
+    decaying = u.is_meta or bool((A.max() <= 0) & (delta.min() >= 0))
     blocks, chunks, steps = _cut(length, u.shape[0] * A.numel(), decaying)
 
     def cut(x: Tensor) -> Tensor:  # [B, R, L] -> [blocks, S, K, B, R]; the steps added have Δ = 0: nothing changes

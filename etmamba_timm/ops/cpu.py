@@ -160,7 +160,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, dout, _state, _chunk_states):
-    saved = ctx.saved_tensors  # once: a checkpoint hands them out a single time
+    saved = list(ctx.saved_tensors)  # once: a checkpoint hands them out a single time
+    if not ctx.keep:  # traced where no gradient was wanted
+        saved[-1] = _forward(*saved[:-1], ctx.delta_softplus, ctx.reverse_from, True)[2]
     grads = _backward(dout, *saved, ctx.delta_softplus, ctx.reverse_from)
     grads = [None if tensor is None else grad for tensor, grad in zip(saved, grads, strict=False)]
     return (*grads, None, None, None)
@@ -172,8 +174,10 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 def _empty_outputs(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     batch, width, length = u.shape
     lanes, steps = _chunking(A.dtype)
-    chunks = (-(-length // steps), -(-width // lanes)) if keep else (0, 0)
-    return torch.empty_like(u), A.new_empty(batch, *A.shape), A.new_empty(batch, *chunks, A.shape[1], lanes)
+    kept = (
+        batch * -(-length // steps) * -(-width // lanes) * A.shape[1] * lanes if keep else 0
+    )  # [batch, chunks, blocks, N, W]
+    return torch.empty_like(u), A.new_empty(batch, *A.shape), A.new_empty(kept)
 
 
 def _chunking(dtype: torch.dtype) -> tuple[int, int]:

@@ -4,6 +4,7 @@ import logging
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import chunked, cpu, cuda, reference
 
@@ -65,6 +66,7 @@ def selective_scan(
 
     Source: Mamba (Gu & Dao 2023), algorithm 2.
     """
+    _check(u, delta, A, B, C, D, z, delta_bias)
     reverse_from = 0 if reverse else u.shape[0]
     out, state = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse_from, backend)
     return (out, state) if return_last_state else out
@@ -88,13 +90,13 @@ def bidirectional_scan(
 
     Returns: the output [B, D, L] in `u`'s dtype, every row in its input's order.
     """
+    _check(u, delta, A, B, C, D, z, delta_bias)
     if u.shape[0] % 2:
         raise ValueError(f"batch is {u.shape[0]}; it must be even: the forward rows, then the backward rows")
     return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, u.shape[0] // 2, backend)[0]
 
 
 def _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse_from, backend):
-    _check(u, delta, A, B, C, D, z, delta_bias)
     chosen = _choose(backend, (u, delta, A, B, C, D, z, delta_bias))
     return chosen.scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse_from)
 
@@ -105,10 +107,14 @@ def _why_not(name: str) -> str | None:
 
 
 def _choose(name: str, tensors: tuple):
+    if not torch.compiler.is_compiling() and any(t is not None and _has_tangent(t) for t in tensors):
+        if name not in ("auto", "reference"):
+            raise RuntimeError(f"scan backend {name!r} has no forward-mode derivative; use 'reference' for that")
+        return reference
     if name == "auto":
         for name, backend in BACKENDS.items():
             if backend.rejects(*tensors) is None and _why_not(name) is None:
-                _announce(name, tensors[0].device)
+                _announce(name, tensors)
                 return backend
     if name not in BACKENDS:
         raise ValueError(f"unknown scan backend {name!r}; choose 'auto' or one of {', '.join(BACKENDS)}")
@@ -119,19 +125,30 @@ def _choose(name: str, tensors: tuple):
     return backend
 
 
-def _announce(name: str, device: torch.device) -> None:
+def _has_tangent(x: Tensor) -> bool:
+    return forward_ad.unpack_dual(x).tangent is not None
+
+
+def _announce(name: str, tensors: tuple) -> None:
     """Says once what was chosen, and why nothing faster."""
     if torch.compiler.is_compiling() or name in _announced:
         return
     _announced.add(name)
-    faster = {"cpu": "cpu", "cuda": "mamba_ssm"}.get(device.type)
+    faster = {"cpu": "cpu", "cuda": "mamba_ssm"}.get(tensors[0].device.type)
     if faster in (None, name):
         _logger.info("selective scan runs on the backend %r", name)
     else:
-        _logger.warning("selective scan runs on the slow backend %r: %s", name, _why_not(faster))
+        reason = _why_not(faster) or BACKENDS[faster].rejects(*tensors)
+        _logger.warning("selective scan runs on the slow backend %r: %s", name, reason)
 
 
 def _check(u, delta, A, B, C, D, z, delta_bias) -> None:
+    for name, t in (("u", u), ("delta", delta), ("A", A), ("B", B), ("C", C)):
+        if not isinstance(t, Tensor):
+            raise ValueError(f"{name} is {type(t).__name__}; it must be a tensor")
+    for name, t in (("D", D), ("z", z), ("delta_bias", delta_bias)):
+        if t is not None and not isinstance(t, Tensor):
+            raise ValueError(f"{name} is {type(t).__name__}; it must be a tensor or None")
     if u.ndim != 3 or 0 in u.shape:
         raise ValueError(f"u is {tuple(u.shape)}; it must be [batch, width, length], none of them 0")
     if u.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):

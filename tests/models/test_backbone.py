@@ -181,9 +181,33 @@ def test_code_generation_agrees_with_eager(clip):
         torch.testing.assert_close(torch.compile(model)(clip), model(clip), rtol=1e-4, atol=1e-5)
 
 
-def test_export(clip):
-    model = small("etmamba_ti")
-    torch.testing.assert_close(torch.export.export(model, (clip,)).module()(clip), model(clip))
+@pytest.mark.parametrize("name", ["videomamba_ti", "etmamba_ti"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_export_for_any_batch_and_number_of_frames(name, grad, clip):
+    model = small(name, depth=1)
+    dims = {0: torch.export.Dim("batch", min=1, max=64), 2: torch.export.Dim("frames", min=1, max=64)}
+    with torch.set_grad_enabled(grad):
+        exported = torch.export.export(model, (clip,), dynamic_shapes=(dims,)).module()
+    for x in (clip, torch.randn(3, 3, 5, 32, 32)):
+        torch.testing.assert_close(exported(x), model(x))
+
+
+def test_a_model_exported_frozen_can_be_trained(clip):
+    """The scan was traced where no gradient was wanted, and keeps nothing for one: it is computed again."""
+    model = small("etmamba_ti", depth=1)
+    with torch.no_grad():
+        exported = torch.export.export(model, (clip,)).module()
+    exported.requires_grad_(True)
+    exported(clip).square().sum().backward()
+    model(clip).square().sum().backward()
+    for (name, p), q in zip(model.named_parameters(), exported.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, msg=name)
+
+
+def test_pruned_of_its_norm_alone_in_bfloat16(clip):
+    model = small("etmamba_ti").bfloat16()
+    model.prune_intermediate_layers([0], prune_norm=True, prune_head=False)
+    assert model(clip.bfloat16()).dtype == torch.bfloat16
 
 
 def test_one_channel_leaves_the_stem_out_and_says_so(caplog):
@@ -212,12 +236,28 @@ def test_clips_that_do_not_fit(clip, message):
         small("etmamba_ti")(clip)
 
 
-@pytest.mark.parametrize("argument", [{"img_size": 40}, {"num_frames": 0}])
+@pytest.mark.parametrize("argument", [{"img_size": 40}, {"num_frames": 0}, {"img_size": 64, "num_frames": 0}])
 def test_set_input_size_refuses_what_makes_no_model(argument):
     model = small("etmamba_ti")
     with pytest.raises(ValueError, match=r"must be"):
         model.set_input_size(**argument)
     assert (model.num_frames, model.img_size) == (2, (32, 32))
+
+
+def test_reset_classifier_refuses_what_makes_no_head():
+    model = small("etmamba_ti")
+    with pytest.raises(ValueError, match="num_classes is -1"):
+        model.reset_classifier(-1)
+    with pytest.raises(ValueError, match="unknown global_pool 'max'"):
+        model.reset_classifier(3, "max")
+    assert model.head.out_features == 5
+
+
+def test_numpy_integers_will_do(clip):
+    import numpy as np
+
+    model = small("etmamba_ti", num_classes=np.int64(5), num_frames=np.int64(2))
+    assert model(clip).shape == (2, 5)
 
 
 def test_initialisation():

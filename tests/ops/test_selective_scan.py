@@ -70,7 +70,7 @@ def gradients(scan, args: dict, weight: torch.Tensor) -> tuple[torch.Tensor, dic
 
 
 @pytest.mark.parametrize("backend", FAST)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     batch=st.integers(1, 3),
     width=st.integers(1, 40),
@@ -86,7 +86,10 @@ def gradients(scan, args: dict, weight: torch.Tensor) -> tuple[torch.Tensor, dic
 def test_backends_agree_with_the_reference(
     backend, batch, width, length, state, dtype, layout, softplus, optional, reverse, seed
 ):
-    """Output and every gradient, over shapes, strides, dtypes and directions."""
+    """Output and every gradient, over shapes, strides, dtypes and directions.
+
+    Where a sum cancels, the reference itself misses the bound in this dtype; then twice its own error is allowed.
+    """
     args = arguments(batch, width, length, state, dtype, seed, layout, optional)
     if not softplus:  # a step must be positive for the scan to be stable
         args["delta"] = (args["delta"].detach().abs() * 0.2).requires_grad_()
@@ -97,11 +100,13 @@ def test_backends_agree_with_the_reference(
     expected, expected_grads = gradients(
         lambda **a: selective_scan(**a, **options, backend="reference"), in_float64(args), weight
     )
+    _, own_grads = gradients(lambda **a: selective_scan(**a, **options, backend="reference"), args, weight)
     activations, parameters = BOUNDS[dtype]
     assert out.dtype == dtype
     assert error(out, expected) <= activations
     for name, grad in grads.items():
-        assert error(grad, expected_grads[name]) <= (parameters if name in PARAMETERS else activations), name
+        bound = parameters if name in PARAMETERS else activations
+        assert error(grad, expected_grads[name]) <= max(bound, 2 * error(own_grads[name], expected_grads[name])), name
 
 
 @pytest.mark.parametrize("backend", HERE)
@@ -188,6 +193,9 @@ def test_cpu_operator_is_a_proper_one(backend):
     for optional in (True, False):
         args = arguments(2, 5, 40, 4, torch.float32, optional=optional)
         torch.library.opcheck(cpu._forward, (*args.values(), True, 1, True))
+        out, _, states = cpu._forward(*args.values(), True, 1, True)
+        with torch.no_grad():
+            torch.library.opcheck(cpu._backward, (torch.randn_like(out), *args.values(), states, True, 1))
 
 
 @pytest.mark.parametrize("backend", [name for name in HERE if name == "cpu"])
@@ -287,3 +295,32 @@ print(scan_backends()['cpu'])
     assert "install a C++ compiler" in done.stdout
     assert done.stderr.count("WARNING selective scan runs on the slow backend 'torch'") == 1
     assert done.stderr.count("install a C++ compiler") == 1
+
+
+@pytest.mark.parametrize("name", ["u", "delta", "A", "B", "C"])
+def test_a_missing_argument_is_an_error(name):
+    with pytest.raises(ValueError, match=f"{name} is NoneType; it must be a tensor"):
+        selective_scan(**(arguments(1, 2, 3, 4) | {name: None}))
+
+
+def test_something_else_than_a_tensor_is_an_error():
+    with pytest.raises(ValueError, match="D is float; it must be a tensor or None"):
+        selective_scan(**(arguments(1, 2, 3, 4) | {"D": 3.0}))
+
+
+def test_forward_mode_goes_through_the_reference():
+    args = arguments(2, 3, 5, 2)
+    names = list(args)
+    primals = tuple(t.detach() for t in args.values())
+    tangents = tuple(torch.randn_like(t) for t in primals)
+
+    def scan(*tensors, backend="auto"):
+        return selective_scan(**dict(zip(names, tensors, strict=True)), delta_softplus=True, backend=backend)
+
+    _, tangent = torch.func.jvp(scan, primals, tangents)
+    step = 1e-6
+    moved = [scan(*(p + s * t for p, t in zip(primals, tangents, strict=True))) for s in (step, -step)]
+    torch.testing.assert_close(tangent, (moved[0] - moved[1]) / (2 * step), rtol=1e-5, atol=1e-7)
+    for backend in FAST:
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            torch.func.jvp(lambda *t: scan(*t, backend=backend), primals, tangents)  # noqa: B023

@@ -1,4 +1,4 @@
-"""The plain pre-norm residual block around a mixer: rows (a) to (c) of the paper's ablation."""
+"""The pre-norm residual block around a mixer: rows (a) to (c) of the paper's ablation, and the base of (d)."""
 
 from timm.layers import DropPath
 from timm.models import register_notrace_module

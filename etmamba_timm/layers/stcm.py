@@ -3,10 +3,10 @@
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import DropPath
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from .block import MixerBlock
 from .ebs import Ebs
 from .norm import LayerNorm
 
@@ -40,30 +40,18 @@ class LocalBranch(nn.Module):
 
 
 @register_notrace_module
-class StcmBlock(nn.Module):
-    """`X ← X + DropPath(Fuse(concat[EBS(X̂), local(X̂, X)]))` with X̂ = LN(X). Arguments as in `Ebs`."""
+class StcmBlock(MixerBlock):
+    """`X ← X + DropPath(Fuse(concat[EBS(X̂), local(X̂, X)]))` with X̂ = LN(X): row (d). Arguments as in `MixerBlock`."""
 
-    norm_layer = LayerNorm  # the model's final norm is of the same kind
+    norm_layer = LayerNorm
+    mixer_layer = Ebs
 
-    def __init__(
-        self,
-        dim: int,
-        depth: int = 1,
-        d_state: int = 16,
-        expand: int = 2,
-        d_conv: int = 4,
-        drop_path: float = 0.0,
-        device=None,
-        dtype=None,
-    ) -> None:
+    def __init__(self, dim: int, depth: int = 1, *args, device=None, dtype=None, **kwargs) -> None:
         dd = {"device": device, "dtype": dtype}
-        super().__init__()
+        super().__init__(dim, depth, *args, **kwargs, **dd)
         self.depth = depth
-        self.norm = LayerNorm(dim, **dd)
-        self.mixer = Ebs(dim, depth, d_state, expand, d_conv, **dd)
         self.local = LocalBranch(dim, **dd)
         self.fusion = nn.Linear(2 * dim, dim, **dd)  # the formulas' Fuse; timm would call a method of that name
-        self.drop_path = DropPath(drop_path)
 
     def init_weights(self) -> None:
         """The fusion divided by √depth. After the linear layers' own initialisation."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-MOST_ELONGATED = 50  # sides' ratio: beyond, resizing the short side would take a huge picture
+MOST_PIXELS = 2**22  # of a resized frame: only a picture that is a mere line has more
 _INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
 
 
@@ -79,14 +79,16 @@ class EvalTransform:
             )
         if num_crops not in (1, 3):
             raise ValueError(f"num_crops is {num_crops}; use 1 (centre) or 3 (start, centre, end)")
-        if max(frames.shape[1:3]) > MOST_ELONGATED * min(frames.shape[1:3]):
-            raise ValueError(
-                f"frames are {frames.shape[1]}×{frames.shape[2]}; one side is over {MOST_ELONGATED} times the other"
-            )
         height, width = self.size
+        covering = self._covering(*frames.shape[1:3])
+        if covering[0] * covering[1] > MOST_PIXELS:
+            came, grown = "×".join(map(str, frames.shape[1:3])), "×".join(map(str, covering))
+            raise ValueError(
+                f"frames are {came}, {grown} when they cover {height}×{width}: too elongated; crop them first"
+            )
         clip = frames.permute(0, 3, 1, 2)  # [T, H, W, 3] -> [T, 3, H, W], in memory as it was: resizing is quick so
         mode = InterpolationMode(self.interpolation)
-        clip = functional.resize(clip, self._covering(*clip.shape[-2:]), interpolation=mode, antialias=True)
+        clip = functional.resize(clip, covering, interpolation=mode, antialias=True)
         free_y, free_x = clip.shape[-2] - height, clip.shape[-1] - width
         y, x = round(free_y / 2), round(free_x / 2)
         corners = [(y, x)]

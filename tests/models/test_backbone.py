@@ -181,6 +181,7 @@ def test_code_generation_agrees_with_eager(clip):
         torch.testing.assert_close(torch.compile(model)(clip), model(clip), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.4."), reason="PyTorch 2.4 exports for fixed shapes alone")
 @pytest.mark.parametrize("name", ["videomamba_ti", "etmamba_ti"])
 @pytest.mark.parametrize("grad", [True, False])
 def test_export_for_any_batch_and_number_of_frames(name, grad, clip):
@@ -200,8 +201,10 @@ def test_a_model_exported_frozen_can_be_trained(clip):
     exported.requires_grad_(True)
     exported(clip).square().sum().backward()
     model(clip).square().sum().backward()
-    for (name, p), q in zip(model.named_parameters(), exported.parameters(), strict=True):
-        torch.testing.assert_close(q.grad, p.grad, msg=name)
+    grads = {name: p.grad for name, p in exported.named_parameters()}
+    assert grads.keys() == dict(model.named_parameters()).keys()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(grads[name], p.grad, msg=name)
 
 
 def test_pruned_of_its_norm_alone_in_bfloat16(clip):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import selective_scan
-from .ssm import dt_rank, init_dt, new_A_log, short_conv, ssm
+from .ssm import conv_silu, dt_rank, init_dt, new_A_log, ssm
 
 
 class BiMamba(nn.Module):
@@ -49,8 +49,8 @@ class BiMamba(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: normalised tokens [B, N, D] -> [B, N, D]."""
         x, z = self.in_proj(x).chunk(2, dim=-1)  # each [B, N, E]
-        u = short_conv(x, self.conv1d)
+        u = conv_silu(x, self.conv1d)
         y = ssm(selective_scan, u, z, self.x_proj, self.dt_proj, self.A_log, self.D)
-        u = short_conv(x, self.conv1d_b, reverse=True)
+        u = conv_silu(x, self.conv1d_b, reverse=True)
         y = y + ssm(selective_scan, u, z, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b, reverse=True)
         return self.out_proj(y)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import bidirectional_scan
-from .ssm import dt_rank, init_dt, new_A_log, short_conv, ssm
+from .ssm import conv_silu, dt_rank, init_dt, new_A_log, ssm
 
 
 class Ebs(nn.Module):
@@ -48,13 +48,6 @@ class Ebs(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: normalised tokens [B, N, D] -> [B, N, D]."""
-        forward_x, backward_x, forward_z, backward_z = self.in_proj(x).chunk(4, dim=-1)  # each [B, N, E]
-        u = torch.cat(  # [2B, N, E]: the forward rows, then the backward rows
-            [
-                short_conv(self.pw(forward_x), self.conv1d),
-                short_conv(self.pw(backward_x), self.conv1d, reverse=True),
-            ]
-        )
-        z = torch.cat([forward_z, backward_z])
-        y = ssm(bidirectional_scan, u, z, self.x_proj, self.dt_proj, self.A_log, self.D)
-        return self.out_proj(y.unflatten(0, (2, x.shape[0])).sum(0))
+        x, z = self.in_proj(x).unflatten(-1, (2, 2, -1)).permute(2, 3, 0, 1, 4)  # x, z; direction; B, N, E
+        u = conv_silu(self.pw(x), self.conv1d)
+        return self.out_proj(ssm(bidirectional_scan, u, z, self.x_proj, self.dt_proj, self.A_log, self.D))

@@ -7,23 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import short_conv
 
-def short_conv(x: Tensor, conv: nn.Conv1d | None, reverse: bool = False) -> Tensor:
-    """Mamba's causal depthwise convolution along the tokens, then SiLU.
 
-    Args:
-        x: tokens [B, N, E].
-        conv: depthwise, its kernel's last tap on the token itself; None leaves SiLU alone.
-        reverse: whether a token looks at those after it instead of those before it.
-
-    Returns: [B, N, E].
-    """
-    if conv is not None:
-        reach = conv.kernel_size[0] - 1
-        weight = conv.weight.flip(-1) if reverse else conv.weight
-        x = F.pad(x.transpose(1, 2), (0, reach) if reverse else (reach, 0))  # [B, N, E] -> [B, E, N + reach]
-        x = F.conv1d(x, weight, conv.bias, groups=conv.groups).transpose(1, 2)
-    return F.silu(x)
+def conv_silu(x: Tensor, conv: nn.Conv1d | None, reverse: bool = False) -> Tensor:
+    """Mamba's short convolution, then SiLU; None for the convolution leaves SiLU alone. See `short_conv` for shapes."""
+    return F.silu(x) if conv is None else short_conv(x, conv.weight, conv.bias, reverse)
 
 
 def ssm(
@@ -40,7 +29,7 @@ def ssm(
 
     Args:
         scan: `selective_scan` or `bidirectional_scan`.
-        u, z: input and gate [B, N, E].
+        u, z: input and gate [B, N, E], or [2, B, N, E] for both directions.
         x_proj: E -> R + 2S, the low-rank Δ, then B, then C, for state size S.
         dt_proj: R -> E; its bias is added within the scan.
         A_log [E, S], D [E]: kept in float32 in the scan (float64 in a float64 model), as is dt_proj's bias.
@@ -52,18 +41,18 @@ def ssm(
     low_rank, b, c = x_proj(u).split([rank, d_state, d_state], dim=-1)
     delta = F.linear(low_rank, dt_proj.weight)
     y = scan(
-        u.transpose(1, 2),  # [B, N, E] -> [B, E, N], a view
-        delta.transpose(1, 2),
+        u.mT,  # [B, N, E] -> [B, E, N], a view
+        delta.mT,
         -torch.exp(A_log.to(state_dtype)),
-        b.transpose(1, 2),
-        c.transpose(1, 2),
+        b.mT,
+        c.mT,
         D=D.to(state_dtype),
-        z=z.transpose(1, 2),
+        z=z.mT,
         delta_bias=dt_proj.bias.to(state_dtype),
         delta_softplus=True,
         **scan_args,
     )
-    return y.transpose(1, 2)
+    return y.mT
 
 
 @torch.no_grad()

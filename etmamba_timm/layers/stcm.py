@@ -1,11 +1,10 @@
 """STCM, the Spatiotemporal Collaborative Modulation block (paper 3.4): EBS beside multi-scale dilated convolutions."""
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from ..ops import local_conv
 from .block import MixerBlock
 from .ebs import Ebs
 from .norm import LayerNorm
@@ -32,11 +31,9 @@ class LocalBranch(nn.Module):
 
     def forward(self, x_norm: Tensor, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """x_norm, x: tokens [B, 1 + t·h·w, D], normalised and not, class token first -> [B, 1 + t·h·w, D]."""
-        t, h, w = grid
-        frames = rearrange(self.proj(x_norm[:, 1:]), "b (t h w) d -> (b t) d h w", t=t, h=h, w=w)
-        scales = torch.cat([self.conv3(frames), self.conv5(frames), self.conv7(frames), frames], dim=1)
-        local = rearrange(F.silu(scales), "(b t) d h w -> b (t h w) d", t=t)
-        return self.norm(torch.cat([x[:, :1], local + x[:, 1:]], dim=1))
+        convs = (self.conv3, self.conv5, self.conv7)
+        tokens = self.proj(x_norm)
+        return self.norm(local_conv(tokens, x, [c.weight for c in convs], [c.bias for c in convs], grid))
 
 
 @register_notrace_module

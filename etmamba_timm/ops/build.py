@@ -1,4 +1,4 @@
-"""Compiles a C++ file at its first use and keeps the shared library in a cache folder, the only place written to.
+"""Compiles C++ files at their first use and keeps the shared library in a cache folder, the only place written to.
 
 A library's name in the cache is `<source>-<key>-<digest>.so`. The key says what it was made from and for which
 processor, the digest (of the file itself) that it is whole. Names appear by a rename, so that no half-written file ever
@@ -61,18 +61,19 @@ def cache_dir() -> Path:
         raise BuildError(f"no cache folder for compiled code: {error}; set ETMAMBA_CACHE to one") from error
 
 
-def load(source: Path) -> ctypes.CDLL:
-    """The library compiled from `source`, a C++ file that includes system headers alone; from the cache if it is there.
+def load(*sources: Path) -> ctypes.CDLL:
+    """The library compiled from C++ files and the headers that they include; from the cache if it is there.
 
-    A library in the cache is loaded without a compiler and without starting a process. Hence its key is made of what is
-    known without asking the compiler: source text, flags and processor, but neither $CXX nor a version. Empty the cache
-    to build with another compiler.
+    Sources include each other and system headers alone. The library is named after the first. One in the cache is
+    loaded without a compiler and without starting a process. Hence its key is made of what is known without asking the
+    compiler: source texts, flags and processor, but neither $CXX nor a version. Empty the cache to build with another
+    compiler.
 
     Raises: BuildError.
     """
-    text = source.read_bytes()
-    key = _digest(repr((_SCHEME, FLAGS, OPTIONAL_FLAGS, _processor(), text)).encode())
-    name, folder = f"{source.stem}-{key}", cache_dir()
+    texts = {source.name: source.read_bytes() for source in sources}
+    key = _digest(repr((_SCHEME, FLAGS, OPTIONAL_FLAGS, _processor(), texts)).encode())
+    name, folder = f"{sources[0].stem}-{key}", cache_dir()
     try:
         library = _cached(folder, name)
         if library is None:
@@ -80,7 +81,7 @@ def load(source: Path) -> ctypes.CDLL:
             with _locked(folder / "lock"):
                 library = _cached(folder, name)  # another process may have built it meanwhile
                 if library is None:
-                    library = _build(source, text, folder, name)
+                    library = _build(texts, folder, name)
         return library
     except OSError as error:
         raise BuildError(f"{folder} can't hold compiled code: {error}; make it writable, or {_SET_CACHE}") from error
@@ -126,38 +127,39 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _build(source: Path, text: bytes, folder: Path, name: str) -> ctypes.CDLL:
+def _build(texts: dict[str, bytes], folder: Path, name: str) -> ctypes.CDLL:
     for leftover in folder.glob("build-*"):  # of processes that were killed
         with contextlib.suppress(OSError):
             if time.time() - leftover.stat().st_mtime > 24 * 3600:
                 shutil.rmtree(leftover, ignore_errors=True)
-    _logger.info("compiling the CPU scan, once for this machine (a few seconds)")
+    _logger.info("compiling the CPU kernels, once for this machine (a few seconds)")
     with tempfile.TemporaryDirectory(prefix="build-", dir=folder, ignore_cleanup_errors=True) as work:
-        copy, made = Path(work, source.name), Path(work, "made.so")
-        copy.write_bytes(text)  # exactly what the key was made from
-        _compile(copy, made)
+        made = Path(work, "made.so")
+        for source, text in texts.items():
+            Path(work, source).write_bytes(text)  # exactly what the key was made from
+        _compile([Path(work, source) for source in texts if source.endswith(".cpp")], made)
         path = folder / f"{name}-{_digest(made.read_bytes())}.so"
         os.replace(made, path)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(
-            f"the library compiled from {source} doesn't load: {error}; if {folder} forbids execution (noexec), "
+            f"the library compiled from {', '.join(texts)} doesn't load: {error}; if {folder} forbids execution (noexec), "
             f"{_SET_CACHE} not so mounted, else set CXX to this system's own compiler"
         ) from error
 
 
-def _compile(source: Path, made: Path) -> None:
+def _compile(sources: list[Path], made: Path) -> None:
     try:
         compiler = shlex.split(os.environ.get("CXX", "")) or [next(filter(None, map(shutil.which, COMPILERS)))]
     except StopIteration:
         raise BuildError(f"no C++ compiler found ({', '.join(COMPILERS)}); {_SET_CXX}") from None
     except ValueError as error:  # a quotation without its end
         raise BuildError(f"CXX={os.environ['CXX']} isn't a command: {error}; {_SET_CXX}") from error
-    work = str(source.parent)  # the compiler's own temporary files go there as well
+    work = str(made.parent)  # the compiler's own temporary files go there as well
     env = {**os.environ, "LC_ALL": "C", "TMPDIR": work, "TMP": work, "TEMP": work}
     for optional in OPTIONAL_FLAGS:
-        command = [*compiler, *FLAGS, *optional, str(source), "-o", str(made)]
+        command = [*compiler, *FLAGS, *optional, *map(str, sources), "-o", str(made)]
         try:
             done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True)
         except OSError as error:

@@ -1,48 +1,24 @@
-"""The fused CPU kernel: `scan.cpp`, compiled at first use, as a torch operator with a backward of its own."""
+"""The fused CPU scan of csrc/scan.cpp, as a torch operator with a backward of its own."""
 
 import ctypes
-import functools
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .build import BuildError, load
+from .library import DTYPES, Strided, library, pointer, strided, why_not
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-
-
-class _Strided(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "channel", "time"))]
+__all__ = ["bidirectional_scan", "rejects", "scan", "why_not"]
 
 
-class _Args(ctypes.Structure):  # must match scan.cpp
+class _Args(ctypes.Structure):  # must match csrc/scan.cpp
     _fields_ = [
-        *(
-            (name, ctypes.c_int64)
-            for name in ("batch", "width", "length", "state", "reverse_from", "groups", "threads", "softplus")
-        ),
-        *((name, _Strided) for name in ("u", "delta", "z", "out")),
+        *((name, ctypes.c_int64) for name in ("directions", "batch", "width", "length", "state", "reverse_from")),
+        *((name, ctypes.c_int64) for name in ("groups", "threads", "softplus")),
+        *((name, Strided) for name in ("u", "delta", "z", "out")),
         *((name, ctypes.c_void_p) for name in ("A", "B", "C", "D", "delta_bias", "last_state", "chunk_states")),
-        *((name, _Strided) for name in ("dout", "du", "ddelta", "dz")),
+        *((name, Strided) for name in ("dout", "du", "ddelta", "dz")),
         *((name, ctypes.c_void_p) for name in ("dA", "dB", "dC", "dD", "ddelta_bias")),
     ]
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | BuildError:
-    try:
-        library = load(Path(__file__).with_name("scan.cpp"))
-    except BuildError as error:
-        return error
-    library.etmamba_scan.argtypes = [ctypes.POINTER(_Args), ctypes.c_int, ctypes.c_int]
-    return library
-
-
-def why_not() -> str | None:
-    """None if the kernel is there or can be compiled (which this does), else the reason and the remedy."""
-    library = _library()
-    return str(library) if isinstance(library, BuildError) else None
 
 
 def rejects(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D, z, delta_bias) -> str | None:
@@ -63,6 +39,27 @@ def scan(
     reverse_from: int,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.scan`, whose results this agrees with. The last state carries no gradient."""
+    u, delta, B, C = (t.unsqueeze(0) for t in (u, delta, B, C))
+    z = None if z is None else z.unsqueeze(0)
+    return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse_from)
+
+
+def bidirectional_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> Tensor:
+    """See `selective_scan.bidirectional_scan`: the directions are added as they are computed."""
+    return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, u.shape[1])[0]
+
+
+def _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse_from):
     inputs = (u, delta, A, B, C, D, z, delta_bias)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     out, state, _ = _forward(*inputs, delta_softplus, reverse_from, keep)
@@ -83,11 +80,15 @@ def _forward(
     reverse_from: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, the last state, and (if `keep`) the states at the chunks' beginnings for the backward pass."""
+    """The output [B, D, L], added up over directions; the rows' last states [G·B, D, N]; states for the backward pass.
+
+    u, delta and z are [G, B, D, L] for G directions, B and C [G, B, N, L]. A row is one direction of one sequence, the
+    first direction's first; rows `reverse_from:` run backwards. The states at the chunks' beginnings are there if `keep`.
+    """
     out, state, chunk_states = _empty_outputs(u, A, keep)
     args, alive = _arguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse_from, chunk_states)
-    args.out, args.last_state = _strided(out), state.data_ptr()
-    _run(args, u.dtype, backward=False)
+    args.out, args.last_state = strided(out.unsqueeze(0)), state.data_ptr()
+    library().etmamba_scan(ctypes.byref(args), DTYPES[u.dtype], False)
     del alive
     return out, state, chunk_states
 
@@ -114,24 +115,24 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of u, delta, A, B, C, D, z and delta_bias; empty for those of D, z and delta_bias not given."""
     args, alive = _arguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse_from, chunk_states)
-    batch, width, length = u.shape
-    d_state = A.shape[1]
+    directions, batch, width, length = u.shape
+    rows, d_state = directions * batch, A.shape[1]
     du, ddelta = torch.empty_like(u), torch.empty_like(delta)
     dz = torch.empty_like(z) if z is not None else u.new_empty(0)
-    dA = A.new_empty(batch, width, d_state)
-    dB, dC = A.new_empty(2, batch, args.groups, length, d_state)
-    dD, dbias = A.new_empty(2, batch, width)
-    args.dout, args.du, args.ddelta = _strided(dout), _strided(du), _strided(ddelta)
-    args.dz = _strided(dz if z is not None else None)
+    dA = A.new_empty(rows, width, d_state)
+    dB, dC = A.new_empty(2, rows, args.groups, length, d_state)
+    dD, dbias = A.new_empty(2, rows, width)
+    args.dout, args.du, args.ddelta = strided(dout.unsqueeze(0)), strided(du), strided(ddelta)
+    args.dz = strided(dz if z is not None else None)
     args.dA, args.dB, args.dC, args.dD, args.ddelta_bias = (t.data_ptr() for t in (dA, dB, dC, dD, dbias))
-    _run(args, u.dtype, backward=True)
+    library().etmamba_scan(ctypes.byref(args), DTYPES[u.dtype], True)
     del alive
     return (
         du,
         ddelta,
         dA.sum(0),
-        dB.sum(1).transpose(1, 2).to(B.dtype),  # [batch, groups, L, N] -> [batch, N, L]
-        dC.sum(1).transpose(1, 2).to(C.dtype),
+        _per_step(dB.sum(1), B),
+        _per_step(dC.sum(1), C),
         dD.sum(0) if D is not None else A.new_empty(0),
         dz,
         dbias.sum(0) if delta_bias is not None else A.new_empty(0),
@@ -144,12 +145,17 @@ def _(dout, u, delta, A, B, C, D, z, delta_bias, chunk_states, delta_softplus, r
         torch.empty_like(u),
         torch.empty_like(delta),
         torch.empty_like(A, memory_format=torch.contiguous_format),
-        B.new_empty(B.shape[0], B.shape[2], B.shape[1]).transpose(1, 2),
-        C.new_empty(C.shape[0], C.shape[2], C.shape[1]).transpose(1, 2),
-        A.new_empty(u.shape[1] if D is not None else 0),
+        _per_step(A.new_empty(B.shape[0] * B.shape[1], B.shape[3], B.shape[2]), B),
+        _per_step(A.new_empty(C.shape[0] * C.shape[1], C.shape[3], C.shape[2]), C),
+        A.new_empty(u.shape[2] if D is not None else 0),
         torch.empty_like(z) if z is not None else u.new_empty(0),
-        A.new_empty(u.shape[1] if delta_bias is not None else 0),
+        A.new_empty(u.shape[2] if delta_bias is not None else 0),
     )
+
+
+def _per_step(grad: Tensor, like: Tensor) -> Tensor:
+    """[G·B, L, N] -> [G, B, N, L], in the dtype of `like`."""
+    return grad.unflatten(0, like.shape[:2]).transpose(2, 3).to(like.dtype)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -172,37 +178,29 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def _empty_outputs(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    batch, width, length = u.shape
+    directions, batch, width, length = u.shape
+    rows = directions * batch
     lanes, steps = _chunking(A.dtype)
-    kept = (
-        batch * -(-length // steps) * -(-width // lanes) * A.shape[1] * lanes if keep else 0
-    )  # [batch, chunks, blocks, N, W]
-    return torch.empty_like(u), A.new_empty(batch, *A.shape), A.new_empty(kept)
+    kept = rows * -(-length // steps) * -(-width // lanes) * A.shape[1] * lanes  # [rows, chunks, blocks, N, W]
+    return torch.empty_like(u[0]), A.new_empty(rows, *A.shape), A.new_empty(kept if keep else 0)
 
 
 def _chunking(dtype: torch.dtype) -> tuple[int, int]:
     """Channels in a vector and time steps in a chunk, as the kernel was compiled."""
-    library = _ready()
-    return library.etmamba_scan_bytes() // dtype.itemsize, library.etmamba_scan_steps()
-
-
-def _ready() -> ctypes.CDLL:
-    library = _library()
-    if isinstance(library, BuildError):
-        raise library
-    return library
+    return library().etmamba_scan_bytes() // dtype.itemsize, library().etmamba_scan_steps()
 
 
 def _arguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse_from, chunk_states):
     """The arguments that both passes share, and the tensors to keep alive while the kernel reads them."""
-    batch, width, length = u.shape
+    directions, batch, width, length = u.shape
     lanes, _ = _chunking(A.dtype)
     threads = torch.get_num_threads()
     alive = [
         None if t is None else t.contiguous()
-        for t in (A, B.transpose(1, 2).to(A.dtype), C.transpose(1, 2).to(A.dtype), D, delta_bias)
+        for t in (A, B.transpose(2, 3).to(A.dtype), C.transpose(2, 3).to(A.dtype), D, delta_bias)
     ]
     args = _Args(
+        directions=directions,
         batch=batch,
         width=width,
         length=length,
@@ -211,18 +209,11 @@ def _arguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse_from
         groups=max(1, min(-(-width // lanes), -(-2 * threads // batch))),
         threads=threads,
         softplus=delta_softplus,
-        u=_strided(u),
-        delta=_strided(delta),
-        z=_strided(z),
-        chunk_states=chunk_states.data_ptr() if chunk_states.numel() else None,
+        u=strided(u),
+        delta=strided(delta),
+        z=strided(z),
+        chunk_states=pointer(chunk_states),
     )
     args.A, args.B, args.C, args.D, args.delta_bias = (None if t is None else t.data_ptr() for t in alive)
     return args, alive
 
-
-def _strided(x: Tensor | None) -> _Strided:
-    return _Strided(x.data_ptr(), *x.stride()) if x is not None else _Strided()
-
-
-def _run(args: _Args, dtype: torch.dtype, backward: bool) -> None:
-    _ready().etmamba_scan(ctypes.byref(args), _DTYPES[dtype], backward)

@@ -4,9 +4,9 @@ import logging
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import chunked, cpu, cuda, reference
+from .library import has_tangent
 
 _logger = logging.getLogger(__name__)
 _announced: set[str] = set()
@@ -68,7 +68,8 @@ def selective_scan(
     """
     _check(u, delta, A, B, C, D, z, delta_bias)
     reverse_from = 0 if reverse else u.shape[0]
-    out, state = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse_from, backend)
+    chosen = _choose(backend, (u, delta, A, B, C, D, z, delta_bias))
+    out, state = chosen.scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse_from)
     return (out, state) if return_last_state else out
 
 
@@ -84,21 +85,22 @@ def bidirectional_scan(
     delta_softplus: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Both directions of a scan with shared parameters (paper 3.3), in one call of the backend.
+    """Both directions of a scan with shared parameters (paper 3.3), added up.
 
-    As `selective_scan`, with an even batch: its first half runs forwards, its second half backwards.
+    As `selective_scan`, with directions in front: u, delta and z are [2, B, D, L], B and C [2, B, N, L], where 0 runs
+    from the first time step to the last and 1 from the last to the first.
 
-    Returns: the output [B, D, L] in `u`'s dtype, every row in its input's order.
+    Returns: the sum of both outputs [B, D, L] in `u`'s dtype, each in the input's order.
     """
-    _check(u, delta, A, B, C, D, z, delta_bias)
-    if u.shape[0] % 2:
-        raise ValueError(f"batch is {u.shape[0]}; it must be even: the forward rows, then the backward rows")
-    return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, u.shape[0] // 2, backend)[0]
-
-
-def _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse_from, backend):
+    _check(u, delta, A, B, C, D, z, delta_bias, directions=2)
     chosen = _choose(backend, (u, delta, A, B, C, D, z, delta_bias))
-    return chosen.scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse_from)
+    if chosen is cpu:
+        return cpu.bidirectional_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    u, delta, B, C = (t.flatten(0, 1) for t in (u, delta, B, C))  # [2, B, ...] -> [2B, ...]
+    z = None if z is None else z.flatten(0, 1)
+    batch = u.shape[0] // 2
+    out, _ = chosen.scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, batch)
+    return out[:batch] + out[batch:]
 
 
 @torch.compiler.assume_constant_result  # asked once, while tracing: probing a machine is nothing to compile
@@ -107,7 +109,7 @@ def _why_not(name: str) -> str | None:
 
 
 def _choose(name: str, tensors: tuple):
-    if not torch.compiler.is_compiling() and any(t is not None and _has_tangent(t) for t in tensors):
+    if has_tangent(*tensors):
         if name not in ("auto", "reference"):
             raise RuntimeError(f"scan backend {name!r} has no forward-mode derivative; use 'reference' for that")
         return reference
@@ -125,10 +127,6 @@ def _choose(name: str, tensors: tuple):
     return backend
 
 
-def _has_tangent(x: Tensor) -> bool:
-    return forward_ad.unpack_dual(x).tangent is not None
-
-
 def _announce(name: str, tensors: tuple) -> None:
     """Says once what was chosen, and why nothing faster."""
     if torch.compiler.is_compiling() or name in _announced:
@@ -142,22 +140,24 @@ def _announce(name: str, tensors: tuple) -> None:
         _logger.warning("selective scan runs on the slow backend %r: %s", name, reason)
 
 
-def _check(u, delta, A, B, C, D, z, delta_bias) -> None:
+def _check(u, delta, A, B, C, D, z, delta_bias, directions: int | None = None) -> None:
     for name, t in (("u", u), ("delta", delta), ("A", A), ("B", B), ("C", C)):
         if not isinstance(t, Tensor):
             raise ValueError(f"{name} is {type(t).__name__}; it must be a tensor")
     for name, t in (("D", D), ("z", z), ("delta_bias", delta_bias)):
         if t is not None and not isinstance(t, Tensor):
             raise ValueError(f"{name} is {type(t).__name__}; it must be a tensor or None")
-    if u.ndim != 3 or 0 in u.shape:
-        raise ValueError(f"u is {tuple(u.shape)}; it must be [batch, width, length], none of them 0")
+    front = () if directions is None else (directions,)
+    if u.ndim != 3 + len(front) or 0 in u.shape or u.shape[: len(front)] != front:
+        wanted = ", ".join([*map(str, front), "batch, width, length"])
+        raise ValueError(f"u is {tuple(u.shape)}; it must be [{wanted}], none of them 0")
     if u.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"u is {u.dtype}; it must be float32, bfloat16, float16 or float64")
-    batch, width, length = u.shape
+    width, length = u.shape[-2:]
     if A.ndim != 2 or A.shape[0] != width or A.shape[1] == 0:
         raise ValueError(f"A is {tuple(A.shape)}; it must be [{width}, state size], as u's width is {width}")
     state_dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
-    sequence, coefficient, channel = (batch, width, length), (batch, A.shape[1], length), (width,)
+    sequence, coefficient, channel = tuple(u.shape), (*u.shape[:-2], A.shape[1], length), (width,)
     for name, t, shape, dtype in (
         ("delta", delta, sequence, u.dtype),
         ("A", A, tuple(A.shape), state_dtype),

@@ -1,0 +1,235 @@
+// What the kernels share: vectors, elementary functions, tensors in memory, threads.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+#ifndef _OPENMP
+#include <atomic>
+#include <thread>
+#endif
+
+namespace etmamba {
+
+#if defined(__AVX512F__)
+constexpr int BYTES = 64;       // of a vector
+#elif defined(__AVX__)
+constexpr int BYTES = 32;
+#else
+constexpr int BYTES = 16;
+#endif
+
+struct bfloat16 { uint16_t bits; };
+struct float16 { uint16_t bits; };  // not every compiler has one of its own
+
+template <typename S> struct Lanes;
+template <> struct Lanes<float> {
+    static constexpr int W = BYTES / 4;
+    typedef float vec __attribute__((vector_size(BYTES)));
+    typedef int32_t ivec __attribute__((vector_size(BYTES)));
+    typedef uint32_t uvec __attribute__((vector_size(BYTES)));
+    typedef uint16_t half __attribute__((vector_size(BYTES / 2)));
+};
+template <> struct Lanes<double> {
+    static constexpr int W = BYTES / 8;
+    typedef double vec __attribute__((vector_size(BYTES)));
+    typedef int64_t ivec __attribute__((vector_size(BYTES)));
+};
+template <typename S> using Vec = typename Lanes<S>::vec;
+
+// ---- elementary functions
+
+#if defined(__AVX512F__)
+inline Vec<float> vmax(Vec<float> a, Vec<float> b) { return _mm512_max_ps(a, b); }
+inline Vec<float> vmin(Vec<float> a, Vec<float> b) { return _mm512_min_ps(a, b); }
+#elif defined(__AVX__)
+inline Vec<float> vmax(Vec<float> a, Vec<float> b) { return _mm256_max_ps(a, b); }  // b where either is not a number
+inline Vec<float> vmin(Vec<float> a, Vec<float> b) { return _mm256_min_ps(a, b); }
+#else
+inline Vec<float> vmax(Vec<float> a, Vec<float> b) { return a > b ? a : b; }
+inline Vec<float> vmin(Vec<float> a, Vec<float> b) { return a < b ? a : b; }
+#endif
+
+inline Vec<float> vexp2(Vec<float> x) {  // relative error 2e-7 within the range of normal numbers; exactly 1 at 0
+    using I = Lanes<float>::ivec;
+    const Vec<float> magic = Vec<float>{} + 12582912.f;  // 1.5·2^23: x's nearest integer lands in the lowest bits
+    x = vmin(Vec<float>{} + 127.f, vmax(Vec<float>{} - 126.f, x));
+    const Vec<float> shifted = x + magic, r = x - (shifted - magic);
+    Vec<float> p = r * 1.3264727e-3f + 9.6715126e-3f;  // minimax for 2^r within ±0.5
+    p = p * r + 5.5507337e-2f;
+    p = p * r + 2.4022242e-1f;
+    p = p * r + 6.9314698e-1f;
+    p = p * r + 1.f;
+    return (Vec<float>)((I)p + ((I)shifted << 23));  // the integer added to the exponent
+}
+
+inline Vec<double> vexp2(Vec<double> x) {
+    for (int w = 0; w < Lanes<double>::W; ++w) x[w] = std::exp2(x[w]);
+    return x;
+}
+
+constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
+
+inline Vec<float> vexp(Vec<float> x) { return vexp2(x * (float)LOG2E); }  // relative error about |x|·1e-7
+
+inline Vec<double> vexp(Vec<double> x) {
+    for (int w = 0; w < Lanes<double>::W; ++w) x[w] = std::exp(x[w]);
+    return x;
+}
+
+inline Vec<float> softplus(Vec<float> x) {  // log(1 + e^x), its relative error small also where e^x is
+    const Vec<float> zero = {}, w = vexp(x > 0 ? -x : x);  // max(x, 0) + log(1 + w)
+    Vec<float> p = w * 5.36482505e-03f - 3.00657952e-02f;  // minimax for log(1 + w) / w within [0, 1]
+    p = p * w + 7.92045402e-02f;
+    p = p * w - 1.37538027e-01f;
+    p = p * w + 1.91536551e-01f;
+    p = p * w - 2.48571637e-01f;
+    p = p * w + 3.33213226e-01f;
+    p = p * w - 4.99996480e-01f;
+    p = p * w + 1.f;
+    return vmax(x, zero) + w * p;
+}
+
+inline Vec<double> softplus(Vec<double> x) {
+    for (int w = 0; w < Lanes<double>::W; ++w) x[w] = x[w] > 20 ? x[w] : std::log1p(std::exp(x[w]));
+    return x;
+}
+
+template <typename V> inline V sigmoid(V x) { return 1 / (1 + vexp(-x)); }
+
+// ---- memory: tensors in T, arithmetic in S
+
+inline float to_float(float x) { return x; }
+inline double to_float(double x) { return x; }
+inline float to_float(float16 x) {
+    uint32_t magnitude = (uint32_t)(x.bits & 0x7fff) << 13, bits;
+    float y;
+    std::memcpy(&y, &magnitude, 4);
+    y *= 0x1p112f;  // from a bias of 15 to one of 127; exact, for subnormal numbers too
+    std::memcpy(&bits, &y, 4);
+    if (magnitude >= 0x0f800000u) bits = magnitude | 0x7f800000u;  // infinity, not a number
+    bits |= (uint32_t)(x.bits & 0x8000) << 16;
+    std::memcpy(&y, &bits, 4);
+    return y;
+}
+inline float to_float(bfloat16 x) {
+    uint32_t bits = (uint32_t)x.bits << 16;
+    float y;
+    std::memcpy(&y, &bits, 4);
+    return y;
+}
+template <typename T> inline T from_float(double x) { return (T)x; }
+template <> inline bfloat16 from_float<bfloat16>(double v) {
+    float x = (float)v;
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest even
+    return {(uint16_t)(x != x ? 0x7fc0 : rounded)};
+}
+template <> inline float16 from_float<float16>(double v) {  // to nearest even
+    float x = (float)v, magnitude;
+    uint32_t bits, subnormal;
+    std::memcpy(&bits, &x, 4);
+    const uint32_t sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffff;
+    std::memcpy(&magnitude, &bits, 4);
+    magnitude += 0.5f;  // whose last place is a subnormal half's: the addition rounds
+    std::memcpy(&subnormal, &magnitude, 4);
+    uint32_t half = bits < 0x38800000u ? subnormal - 0x3f000000u : (bits - 0x38000000u + 0xfffu + (bits >> 13 & 1)) >> 13;
+    if (bits >= 0x47800000u) half = bits > 0x7f800000u ? 0x7e00u : 0x7c00u;
+    return {(uint16_t)(sign | half)};
+}
+
+// W neighbouring elements.
+template <typename T, typename S> inline Vec<S> load_row(const T* p) {
+    Vec<S> v;
+    if constexpr (std::is_same_v<T, S>) {
+        std::memcpy(&v, p, sizeof(v));
+    } else if constexpr (std::is_same_v<T, bfloat16>) {
+        Lanes<float>::half half;
+        std::memcpy(&half, p, sizeof(half));
+        v = (Vec<float>)(__builtin_convertvector(half, Lanes<float>::uvec) << 16);
+    } else {
+        for (int w = 0; w < Lanes<S>::W; ++w) v[w] = to_float(p[w]);
+    }
+    return v;
+}
+
+template <typename T, typename S> inline void store_row(T* p, Vec<S> v) {
+    if constexpr (std::is_same_v<T, S>) {
+        std::memcpy(p, &v, sizeof(v));
+    } else if constexpr (std::is_same_v<T, bfloat16>) {
+        Lanes<float>::uvec bits = (Lanes<float>::uvec)v;
+        bits = (v != v) ? Lanes<float>::uvec{} + 0x7fc00000u : bits + 0x7fff + (bits >> 16 & 1);  // to nearest even
+        const auto half = __builtin_convertvector(bits >> 16, Lanes<float>::half);
+        std::memcpy(p, &half, sizeof(half));
+    } else {
+        for (int w = 0; w < Lanes<S>::W; ++w) p[w] = from_float<T>(v[w]);
+    }
+}
+
+// The first `count` elements, `step` apart; zeros in the other lanes.
+template <typename T, typename S> inline Vec<S> load(const T* p, int64_t step, int count) {
+    if (step == 1 && count == Lanes<S>::W) return load_row<T, S>(p);
+    Vec<S> v = {};
+    for (int w = 0; w < count; ++w) v[w] = (S)to_float(p[w * step]);
+    return v;
+}
+
+template <typename T, typename S> inline void store(T* p, int64_t step, int count, Vec<S> v) {
+    if (step == 1 && count == Lanes<S>::W) return store_row<T, S>(p, v);
+    for (int w = 0; w < count; ++w) p[w * step] = from_float<T>(v[w]);
+}
+
+struct Strided {  // [directions, batch, channels, time], strides in elements; must match library.py
+    char* data;
+    int64_t direction, batch, channel, time;
+    template <typename T> T* at(int64_t g, int64_t b, int64_t d, int64_t t) const {
+        return (T*)data + g * direction + b * batch + d * channel + t * time;
+    }
+};
+
+template <typename S> inline Vec<S> lanes_of(const void* base, int64_t channel, int64_t step, int count) {
+    Vec<S> v = {};
+    if (base) for (int w = 0; w < count; ++w) v[w] = ((const S*)base)[(channel + w) * step];
+    return v;
+}
+
+template <typename S> inline void put_lanes(void* base, int64_t channel, int64_t step, int count, Vec<S> v) {
+    for (int w = 0; w < count; ++w) ((S*)base)[(channel + w) * step] = v[w];
+}
+
+// ---- threads
+
+template <typename Task> void run_tasks(int64_t tasks, int64_t threads, Task task) {  // task(i) for 0 <= i < tasks
+#ifdef _OPENMP  // PyTorch's own pool of threads, where it is GNU's
+#pragma omp parallel for schedule(dynamic, 1) num_threads((int)threads)
+    for (int64_t i = 0; i < tasks; ++i) task(i);
+#else
+    std::atomic<int64_t> next{0};
+    const auto work = [&] { for (int64_t i; (i = next++) < tasks;) task(i); };
+    std::vector<std::thread> helpers;
+    for (int64_t i = 1; i < std::min(threads, tasks); ++i) helpers.emplace_back(work);
+    work();
+    for (auto& helper : helpers) helper.join();
+#endif
+}
+
+// Calls f with a tensor's element type and the type to compute in, by cpu.py's code of the dtype. False if unknown.
+template <typename F> bool with_dtype(int dtype, F f) {
+    switch (dtype) {
+        case 0: f(float{}, float{}); return true;
+        case 1: f(bfloat16{}, float{}); return true;
+        case 2: f(float16{}, float{}); return true;
+        case 3: f(double{}, double{}); return true;
+    }
+    return false;
+}
+
+}  // namespace etmamba

@@ -1,0 +1,104 @@
+"""Mamba's short convolution: causal and depthwise along the time steps, then SiLU."""
+
+import ctypes
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .library import DTYPES, Strided, library, state_dtype, strided, takes
+
+
+def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, reverse: bool = False) -> Tensor:
+    """`SiLU(conv(x))`, where a step sees itself and the K - 1 steps before it (after it in reverse).
+
+    On the CPU one kernel does it, in any strides, with sums in float32 at least; elsewhere PyTorch's convolution.
+
+    Args:
+        x: [B, N, E]; or [2, B, N, E] for both directions, forwards and backwards, with shared weights.
+        weight: [E, 1, K], the last tap on the step itself.
+        bias: [E].
+        reverse: whether [B, N, E] is convolved from the last step to the first.
+
+    Returns: as x, contiguous.
+    """
+    if x.ndim == 3:
+        return short_conv_op(x.unsqueeze(0), weight, bias, reverse)[0]
+    if x.ndim != 4 or x.shape[0] != 2:
+        raise ValueError(f"x is {tuple(x.shape)}; it must be [B, N, E], or [2, B, N, E] for both directions")
+    return short_conv_op(x, weight, bias, reverse)
+
+
+def short_conv_op(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
+    if takes(x, weight, bias):
+        dtype = state_dtype(x.dtype)
+        taps = weight[:, 0].t().to(dtype)  # [E, 1, K] -> [K, E]
+        bias = taps.new_zeros(x.shape[-1]) if bias is None else bias.to(dtype)
+        return _forward(x, taps.contiguous(), bias, reverse)
+    directions = [False, True] if x.shape[0] == 2 else [reverse]
+    return torch.stack([_plain(row, weight, bias, back) for row, back in zip(x, directions, strict=True)])
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
+    reach = weight.shape[-1] - 1
+    x = F.pad(x.mT, (0, reach) if reverse else (reach, 0))  # [B, N, E] -> [B, E, N + reach]
+    return F.silu(F.conv1d(x, weight.flip(-1) if reverse else weight, bias, groups=len(weight)).mT)
+
+
+class _Args(ctypes.Structure):  # must match csrc/short_conv.cpp
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("directions", "batch", "width", "length", "taps", "reverse", "threads")),
+        *((name, Strided) for name in ("x", "out", "dout", "dx")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "dweight")),
+    ]
+
+
+def _arguments(x: Tensor, taps: Tensor, bias: Tensor, reverse: bool) -> _Args:
+    directions, batch, length, width = x.shape
+    args = _Args(directions, batch, width, length, len(taps), reverse, torch.get_num_threads(), x=strided(x.mT))
+    args.weight, args.bias = taps.data_ptr(), bias.data_ptr()
+    return args
+
+
+@torch.library.custom_op("etmamba_timm::cpu_short_conv", mutates_args=(), device_types="cpu")
+def _forward(x: Tensor, taps: Tensor, bias: Tensor, reverse: bool) -> Tensor:
+    """x [G, B, N, E], taps [K, E], bias [E] -> [G, B, N, E]; the second of two directions runs backwards."""
+    out = x.new_empty(x.shape)
+    args = _arguments(x, taps, bias, reverse)
+    args.out = strided(out.mT)
+    library().etmamba_short_conv(ctypes.byref(args), DTYPES[x.dtype], False)
+    return out
+
+
+@_forward.register_fake
+def _(x, taps, bias, reverse):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("etmamba_timm::cpu_short_conv_backward", mutates_args=(), device_types="cpu")
+def _backward(dout: Tensor, x: Tensor, taps: Tensor, bias: Tensor, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+    args = _arguments(x, taps, bias, reverse)
+    segments = library().etmamba_short_conv_segments(ctypes.c_int64(x.shape[2]))
+    dx = x.new_empty(x.shape)
+    dweight = taps.new_empty(x.shape[0] * x.shape[1] * segments, len(taps) + 1, x.shape[3])
+    args.dout, args.dx, args.dweight = strided(dout.mT), strided(dx.mT), dweight.data_ptr()
+    library().etmamba_short_conv(ctypes.byref(args), DTYPES[x.dtype], True)
+    dweight = dweight.sum(0)
+    return dx, dweight[:-1].clone(), dweight[-1].clone()
+
+
+@_backward.register_fake
+def _(dout, x, taps, bias, reverse):
+    return x.new_empty(x.shape), torch.empty_like(taps), torch.empty_like(bias)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.reverse = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _autograd(ctx, dout):
+    return (*_backward(dout, *ctx.saved_tensors, ctx.reverse), None)
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)

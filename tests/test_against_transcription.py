@@ -355,8 +355,8 @@ STFP_MISTAKES = {
     "time and height swapped": with_value("conv1.depthwise.weight", lambda w: w.swapaxes(2, 3)),
     "kernel flipped": with_value("conv3.depthwise.weight", lambda w: w[:, :, ::-1, ::-1, ::-1]),
     "no bias between depthwise and pointwise": with_value("conv2.depthwise.bias", np.zeros_like),
-    "norms swapped": lambda params: swapped(params, "norm2.weight", "norm_skip.weight"),
-    "pointwise transposed": with_value("skip.weight", lambda w: w.swapaxes(0, 1)),
+    "norms swapped": lambda params: swapped(params, "conv2.norm.weight", "skip.norm.weight"),
+    "pointwise transposed": with_value("skip.pointwise.weight", lambda w: w.swapaxes(0, 1)),
 }
 
 

@@ -217,13 +217,13 @@ def stfp(params: Params, clip: Array) -> Array:
         return pointwise(f"{name}.pointwise", x)
 
     def relu_norm(name: str, x: Array) -> Array:
-        normed = layer_norm(np.moveaxis(x, 1, -1), params[f"{name}.weight"], params[f"{name}.bias"])
+        normed = layer_norm(np.moveaxis(x, 1, -1), params[f"{name}.norm.weight"], params[f"{name}.norm.bias"])
         return relu(np.moveaxis(normed, -1, 1))
 
-    s1 = relu_norm("norm1", separable("conv1", clip))
-    s1 = relu_norm("norm2", separable("conv2", s1))
-    s2 = s1 + relu_norm("norm_skip", pointwise("skip", clip))
-    s2 = relu_norm("norm3", separable("conv3", s2))
+    s1 = relu_norm("conv1", separable("conv1", clip))
+    s1 = relu_norm("conv2", separable("conv2", s1))
+    s2 = s1 + relu_norm("skip", pointwise("skip.pointwise", clip))
+    s2 = relu_norm("conv3", separable("conv3", s2))
     return s2 + clip
 
 
@@ -407,14 +407,14 @@ def prefixed(prefix: str, shapes: Shapes) -> Shapes:
 
 def stfp_shapes(channels: int) -> Shapes:
     """Names and shapes of STFP's parameters (paper 3.2)."""
-    shapes: Shapes = {"skip.weight": (channels, channels, 1, 1, 1), "skip.bias": (channels,)}
-    for i in (1, 2, 3):
-        shapes[f"conv{i}.depthwise.weight"] = (channels, 1, 3, 3, 3)
-        shapes[f"conv{i}.depthwise.bias"] = (channels,)
-        shapes[f"conv{i}.pointwise.weight"] = (channels, channels, 1, 1, 1)
-        shapes[f"conv{i}.pointwise.bias"] = (channels,)
-    for norm in ("norm1", "norm2", "norm3", "norm_skip"):
-        shapes[f"{norm}.weight"] = shapes[f"{norm}.bias"] = (channels,)
+    shapes: Shapes = {}
+    for stage in ("conv1", "conv2", "conv3", "skip"):
+        if stage != "skip":
+            shapes[f"{stage}.depthwise.weight"] = (channels, 1, 3, 3, 3)
+            shapes[f"{stage}.depthwise.bias"] = (channels,)
+        shapes[f"{stage}.pointwise.weight"] = (channels, channels, 1, 1, 1)
+        shapes[f"{stage}.pointwise.bias"] = (channels,)
+        shapes[f"{stage}.norm.weight"] = shapes[f"{stage}.norm.bias"] = (channels,)
     return shapes
 
 

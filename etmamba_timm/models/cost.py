@@ -70,6 +70,6 @@ def _positions(name: str, tokens: int, patches: int, pixels: int) -> int:
     """How often one clip meets each weight of the module `name`."""
     if name.startswith("stem."):
         return pixels
-    if name == "patch_embed.proj" or ".local." in name:
+    if name == "patch_embed.proj" or ".local.conv" in name:
         return patches
     return 1 if name == "head" else tokens

@@ -144,8 +144,8 @@ def _build(texts: dict[str, bytes], folder: Path, name: str) -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(
-            f"the library compiled from {', '.join(texts)} doesn't load: {error}; if {folder} forbids execution (noexec), "
-            f"{_SET_CACHE} not so mounted, else set CXX to this system's own compiler"
+            f"the library compiled from {', '.join(texts)} doesn't load: {error}; if {folder} forbids execution "
+            f"(noexec), {_SET_CACHE} not so mounted, else set CXX to this system's own compiler"
         ) from error
 
 

@@ -83,7 +83,7 @@ def _forward(
     """The output [B, D, L], added up over directions; the rows' last states [G·B, D, N]; states for the backward pass.
 
     u, delta and z are [G, B, D, L] for G directions, B and C [G, B, N, L]. A row is one direction of one sequence, the
-    first direction's first; rows `reverse_from:` run backwards. The states at the chunks' beginnings are there if `keep`.
+    first direction's first; rows `reverse_from:` run backwards. The chunks' first states are there if `keep`.
     """
     out, state, chunk_states = _empty_outputs(u, A, keep)
     args, alive = _arguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse_from, chunk_states)
@@ -216,4 +216,3 @@ def _arguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse_from
     )
     args.A, args.B, args.C, args.D, args.delta_bias = (None if t is None else t.data_ptr() for t in alive)
     return args, alive
-

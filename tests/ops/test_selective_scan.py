@@ -53,6 +53,14 @@ def arguments(batch, width, length, state, dtype=torch.float64, seed=0, layout="
     }
 
 
+def both_directions(args: dict) -> dict:
+    """Arguments of `bidirectional_scan` from those of an even batch: its halves are the directions."""
+    return {
+        k: t if t is None or k in PARAMETERS else t.detach().unflatten(0, (2, -1)).requires_grad_()
+        for k, t in args.items()
+    }
+
+
 def in_float64(args: dict) -> dict:
     return {k: None if t is None else t.detach().double().requires_grad_() for k, t in args.items()}
 
@@ -111,12 +119,45 @@ def test_backends_agree_with_the_reference(
 
 @pytest.mark.parametrize("backend", HERE)
 def test_bidirectional_is_both_directions(backend):
-    args = arguments(4, 6, 20, 5)
+    args = both_directions(arguments(4, 6, 50, 5))
     out = bidirectional_scan(**args, delta_softplus=True, backend=backend)
-    for rows, reverse in ((slice(0, 2), False), (slice(2, 4), True)):
-        half = {k: t if k in PARAMETERS else t[rows] for k, t in args.items()}
-        expected = selective_scan(**half, delta_softplus=True, reverse=reverse, backend=backend)
-        assert error(out[rows], expected) < 1e-13
+    expected = 0
+    for direction, reverse in ((0, False), (1, True)):
+        half = {k: t if k in PARAMETERS else t[direction] for k, t in args.items()}
+        expected = expected + selective_scan(**half, delta_softplus=True, reverse=reverse, backend=backend)
+    assert error(out, expected) < 1e-13
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", list(BOUNDS))
+def test_bidirectional_agrees_with_the_reference(backend, dtype):
+    args = both_directions(arguments(4, 37, 70, 16, dtype))
+    weight = torch.randn(2, 37, 70, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    def scan(name):
+        return lambda **a: bidirectional_scan(**a, delta_softplus=True, backend=name)
+
+    out, grads = gradients(scan(backend), args, weight)
+    expected, expected_grads = gradients(scan("reference"), in_float64(args), weight)
+    activations, parameters = BOUNDS[dtype]
+    assert error(out, expected) <= activations
+    for name, grad in grads.items():
+        assert error(grad, expected_grads[name]) <= (parameters if name in PARAMETERS else activations), name
+
+
+@pytest.mark.parametrize("backend", [name for name in HERE if name == "cpu"])
+def test_views_are_read_where_they_lie(backend):
+    """The directions and halves of one projection, as EBS hands them over."""
+    projected = torch.randn(2, 30, 2, 2, 21, dtype=torch.float64, requires_grad=True)
+    args = both_directions(arguments(4, 21, 30, 5))
+
+    def scan(u, z):
+        return bidirectional_scan(**(args | {"u": u, "z": z}), delta_softplus=True, backend=backend)
+
+    views = [x.mT for x in projected.permute(2, 3, 0, 1, 4)]  # [2, B, D, L] each
+    out, expected = scan(*views), scan(*(x.contiguous() for x in views))
+    assert torch.equal(out, expected)
+    assert torch.equal(*(torch.autograd.grad(o.sum(), projected)[0] for o in (out, expected)))
 
 
 @pytest.mark.parametrize("backend", HERE)
@@ -157,7 +198,7 @@ def test_a_step_reaches_those_after_it_alone(backend, reverse):
 
 @pytest.mark.parametrize("backend", HERE)
 def test_gradcheck(backend):
-    args = arguments(2, 3, 5, 2)
+    args = both_directions(arguments(2, 3, 5, 2))
     assert torch.autograd.gradcheck(
         lambda *tensors: bidirectional_scan(*tensors, delta_softplus=True, backend=backend), list(args.values())
     )
@@ -191,11 +232,11 @@ def test_cpu_operator_is_a_proper_one(backend):
     from etmamba_timm.ops import cpu
 
     for optional in (True, False):
-        args = arguments(2, 5, 40, 4, torch.float32, optional=optional)
-        torch.library.opcheck(cpu._forward, (*args.values(), True, 1, True))
-        out, _, states = cpu._forward(*args.values(), True, 1, True)
+        args = both_directions(arguments(4, 5, 40, 4, torch.float32, optional=optional))
+        torch.library.opcheck(cpu._forward, (*args.values(), True, 2, True))
+        out, _, states = cpu._forward(*args.values(), True, 2, True)
         with torch.no_grad():
-            torch.library.opcheck(cpu._backward, (torch.randn_like(out), *args.values(), states, True, 1))
+            torch.library.opcheck(cpu._backward, (torch.randn_like(out), *args.values(), states, True, 2))
 
 
 @pytest.mark.parametrize("backend", [name for name in HERE if name == "cpu"])
@@ -204,7 +245,7 @@ def test_cpu_operator_compiles_in_one_graph_and_exports(backend):
         def forward(self, *tensors):
             return bidirectional_scan(*tensors, delta_softplus=True)
 
-    args = tuple(arguments(2, 5, 40, 4, torch.float32).values())
+    args = tuple(both_directions(arguments(2, 5, 40, 4, torch.float32)).values())
     expected = Scan()(*args)
     compiled = torch.compile(Scan(), fullgraph=True, backend="aot_eager")
     out = compiled(*args)
@@ -260,9 +301,13 @@ def test_arguments_that_do_not_fit(name, bad, message):
         selective_scan(**(args | {name: bad}))
 
 
-def test_odd_batch_has_no_two_directions():
-    with pytest.raises(ValueError, match="batch is 3; it must be even"):
-        bidirectional_scan(**arguments(3, 2, 3, 4))
+def test_two_directions_are_wanted():
+    args = both_directions(arguments(4, 2, 3, 4))
+    for bad in (args["u"][:1], args["u"][0]):
+        with pytest.raises(ValueError, match=r"u is .*; it must be \[2, batch, width, length\]"):
+            bidirectional_scan(**(args | {"u": bad}))
+    with pytest.raises(ValueError, match=r"B is \(2, 4, 3\); with u \(2, 2, 2, 3\).* must be \(2, 2, 4, 3\)"):
+        bidirectional_scan(**(args | {"B": args["B"][0]}))
 
 
 def test_reference_matches_the_closed_form():

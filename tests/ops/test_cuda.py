@@ -155,14 +155,20 @@ def with_gradients(scan, inputs: dict, dout: Tensor, dtype: torch.dtype | None =
     inputs = {k: v.detach().to(**target).requires_grad_() if isinstance(v, Tensor) else v for k, v in inputs.items()}
     names = [name for name, value in inputs.items() if isinstance(value, Tensor)]
     out = scan(**inputs)
-    gradients = torch.autograd.grad(out, [inputs[name] for name in names], dout.to(**target))
+    gradients = torch.autograd.grad(out, [inputs[name] for name in names], dout[: len(out)].to(**target))
     return {"out": out.detach()} | dict(zip(names, gradients, strict=True))
+
+
+def in_halves(inputs: dict) -> dict:
+    """The first half of the batch runs forwards, the second backwards: [B, ...] -> [2, B/2, ...]."""
+    rows = ("u", "delta", "B", "C", "z")
+    return {k: v.unflatten(0, (2, -1)) if k in rows and v is not None else v for k, v in inputs.items()}
 
 
 def in_direction(direction: str, backend: str):
     """The public function that scans in this direction, as a function of `make_inputs`."""
     if direction == "both":
-        return lambda **inputs: bidirectional_scan(**inputs, backend=backend)
+        return lambda **inputs: bidirectional_scan(**in_halves(inputs), backend=backend)
     return lambda **inputs: selective_scan(**inputs, reverse=direction == "backwards", backend=backend)
 
 

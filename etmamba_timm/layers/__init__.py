@@ -4,6 +4,7 @@ from .bimamba import BiMamba
 from .block import BiMambaBlock, EbsBlock
 from .ebs import Ebs
 from .embed import PatchEmbed, resample_spatial, resample_temporal, to_tokens
+from .fold import fold_weights
 from .norm import LayerNorm, RmsNorm
 from .stcm import LocalBranch, StcmBlock
 from .stfp import Stfp
@@ -24,6 +25,7 @@ __all__ = [
     "RmsNorm",
     "StcmBlock",
     "Stfp",
+    "fold_weights",
     "resample_spatial",
     "resample_temporal",
     "to_tokens",

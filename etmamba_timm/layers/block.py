@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from .bimamba import BiMamba
 from .ebs import Ebs
+from .fold import fold_weights
 from .norm import LayerNorm, RmsNorm
 
 
@@ -49,6 +50,18 @@ class EbsBlock(MixerBlock):
 
     norm_layer = LayerNorm
     mixer_layer = Ebs
+
+    @property
+    def folded(self) -> bool:
+        """Whether `reparameterize` has been called."""
+        return self.mixer.pw is None
+
+    def reparameterize(self) -> None:
+        """Folds the block (see `fold_weights`), in place. timm's `reparameterize_model` calls this."""
+        if not self.folded:
+            weights = fold_weights(self.state_dict())
+            self.mixer.pw = None
+            self.load_state_dict(weights)
 
 
 @register_notrace_module

@@ -11,7 +11,8 @@ class Ebs(nn.Module):
     """A bidirectional Mamba mixer whose two directions share everything but their projections.
 
     `EBS = Lin_out(SSM_s(u_F) ⊗ SiLU(Fz) + SSM_s(u_B) ⊗ SiLU(Bz))` with `u_d = SiLU(Conv_s(PW_s(dx)))`. For the
-    backward direction the convolution and the SSM run over the tokens in reverse order.
+    backward direction the convolution and the SSM run over the tokens in reverse order. Folded, `pw` is None, and in
+    an STCM block `out_proj` too: the output is then [B, N, E].
 
     Args:
         dim: token width D.
@@ -43,11 +44,13 @@ class Ebs(nn.Module):
     def init_weights(self) -> None:
         """Mamba's Δ; the output projection divided by √depth. After the linear layers' own initialisation."""
         init_dt(self.dt_proj)
-        with torch.no_grad():
-            self.out_proj.weight.div_(self.depth**0.5)
+        if self.out_proj is not None:
+            with torch.no_grad():
+                self.out_proj.weight.div_(self.depth**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: normalised tokens [B, N, D] -> [B, N, D]."""
         x, z = self.in_proj(x).unflatten(-1, (2, 2, -1)).permute(2, 3, 0, 1, 4)  # x, z; direction; B, N, E
-        u = conv_silu(self.pw(x), self.conv1d)
-        return self.out_proj(ssm(bidirectional_scan, u, z, self.x_proj, self.dt_proj, self.A_log, self.D))
+        u = conv_silu(x if self.pw is None else self.pw(x), self.conv1d)
+        y = ssm(bidirectional_scan, u, z, self.x_proj, self.dt_proj, self.A_log, self.D)
+        return y if self.out_proj is None else self.out_proj(y)

@@ -5,8 +5,8 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import local_conv
-from .block import MixerBlock
-from .ebs import Ebs
+from .block import EbsBlock
+from .fold import fold_weights
 from .norm import LayerNorm
 
 
@@ -37,11 +37,8 @@ class LocalBranch(nn.Module):
 
 
 @register_notrace_module
-class StcmBlock(MixerBlock):
+class StcmBlock(EbsBlock):
     """`X ← X + DropPath(Fuse(concat[EBS(X̂), local(X̂, X)]))` with X̂ = LN(X): row (d). Arguments as in `MixerBlock`."""
-
-    norm_layer = LayerNorm
-    mixer_layer = Ebs
 
     def __init__(self, dim: int, depth: int = 1, *args, device=None, dtype=None, **kwargs) -> None:
         dd = {"device": device, "dtype": dtype}
@@ -54,6 +51,14 @@ class StcmBlock(MixerBlock):
         """The fusion divided by √depth. After the linear layers' own initialisation."""
         with torch.no_grad():
             self.fusion.weight.div_(self.depth**0.5)
+
+    def reparameterize(self) -> None:
+        """Folds the block (see `fold_weights`), in place. timm's `reparameterize_model` calls this."""
+        if not self.folded:
+            weights = fold_weights(self.state_dict())
+            self.mixer.pw = self.mixer.out_proj = None
+            self.fusion = nn.Linear(*reversed(weights["fusion.weight"].shape)).to(self.fusion.weight)
+            self.load_state_dict(weights)
 
     def forward(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """x: tokens [B, 1 + t·h·w, D], class token first; grid (t, h, w) -> [B, 1 + t·h·w, D]."""

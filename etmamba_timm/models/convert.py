@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..layers import resample_spatial, resample_temporal
+from ..layers import fold_weights, resample_spatial, resample_temporal
 
 _logger = logging.getLogger(__name__)
 
@@ -65,11 +65,18 @@ def checkpoint_filter_fn(state_dict: Mapping, model) -> dict[str, Tensor]:
     VideoMamba does. The stem is left as it is drawn where channels differ, which is logged, and left out where the
     model has none for its single channel.
 
+    A folded model folds a checkpoint that isn't.
+
     Raises:
-        ValueError: positions of a grid that is neither known nor square.
+        ValueError: positions of a grid that is neither known nor square; a folded checkpoint for an unfolded model.
     """
     out = from_videomamba(state_dict)
     own = model.state_dict()
+    unfolded = "blocks.0.mixer.pw.weight"
+    if model.folded:
+        out = fold_weights(out)
+    elif unfolded in own and "blocks.0.mixer.in_proj.bias" in out and unfolded not in out:
+        raise ValueError("the checkpoint is of a folded model; create the model with folded=True")
     key = "patch_embed.proj.weight"
     if key in out:
         source_chans = out[key].shape[1]

@@ -36,6 +36,10 @@ def conv_norm_relu(
         if residual is not None:
             residual = residual.contiguous()
         return _forward(x.contiguous(), residual, flat, depthwise is not None, eps)
+    return _plain(x, depthwise, pointwise, norm, eps, residual)
+
+
+def _plain(x, depthwise, pointwise, norm, eps, residual=None) -> Tensor:
     y = x if depthwise is None else F.conv3d(x, *depthwise, padding=1, groups=x.shape[1])
     y = F.relu(_channel_norm(F.conv3d(y, *pointwise), *norm, eps))
     return y if residual is None else y + residual

@@ -34,6 +34,12 @@ def local_conv(
     if takes(x, residual, *weights, *biases) and state_dtype(x.dtype) == dtype:
         taps = torch.cat([w.flatten(1) for w in weights], 1).t().to(dtype)  # [83, C]
         return _forward(x, residual, taps.contiguous(), torch.stack(biases).to(dtype), list(grid))
+    return _plain(x, residual, weights, biases, grid)
+
+
+def _plain(
+    x: Tensor, residual: Tensor, weights: list[Tensor], biases: list[Tensor], grid: tuple[int, int, int]
+) -> Tensor:
     t, h, w = grid
     frames = x[:, 1:].unflatten(1, (t, h * w)).flatten(0, 1).mT.unflatten(2, (h, w))  # [B·t, C, h, w]
     scales = [

@@ -22,24 +22,20 @@ def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, reverse: b
 
     Returns: as x, contiguous.
     """
-    if x.ndim == 3:
-        return short_conv_op(x.unsqueeze(0), weight, bias, reverse)[0]
-    if x.ndim != 4 or x.shape[0] != 2:
+    if x.ndim != 3 and (x.ndim != 4 or x.shape[0] != 2):
         raise ValueError(f"x is {tuple(x.shape)}; it must be [B, N, E], or [2, B, N, E] for both directions")
-    return short_conv_op(x, weight, bias, reverse)
-
-
-def short_conv_op(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
-    if takes(x, weight, bias):
-        dtype = state_dtype(x.dtype)
-        taps = weight[:, 0].t().to(dtype)  # [E, 1, K] -> [K, E]
-        bias = taps.new_zeros(x.shape[-1]) if bias is None else bias.to(dtype)
-        return _forward(x, taps.contiguous(), bias, reverse)
-    directions = [False, True] if x.shape[0] == 2 else [reverse]
-    return torch.stack([_plain(row, weight, bias, back) for row, back in zip(x, directions, strict=True)])
+    if not takes(x, weight, bias):
+        return _plain(x, weight, bias, reverse)
+    dtype = state_dtype(x.dtype)
+    taps = weight[:, 0].t().to(dtype)  # [E, 1, K] -> [K, E]
+    bias = taps.new_zeros(x.shape[-1]) if bias is None else bias.to(dtype)
+    out = _forward(x if x.ndim == 4 else x.unsqueeze(0), taps.contiguous(), bias, reverse)
+    return out if x.ndim == 4 else out[0]
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
+    if x.ndim == 4:
+        return torch.stack([_plain(row, weight, bias, back) for row, back in zip(x, (False, True), strict=True)])
     reach = weight.shape[-1] - 1
     x = F.pad(x.mT, (0, reach) if reverse else (reach, 0))  # [B, N, E] -> [B, E, N + reach]
     return F.silu(F.conv1d(x, weight.flip(-1) if reverse else weight, bias, groups=len(weight)).mT)

@@ -1,0 +1,98 @@
+"""Where a training step of ETMamba-Ti spends its time: 8 clips of 8×112². See README.md.
+
+python benchmarks/training_step.py [--threads 2] [--runs 5] [--dtype float32]
+"""
+
+import argparse
+import statistics
+import time
+
+import timm
+import torch
+import torch.nn.functional as F
+from common import write
+from torch import nn
+
+import etmamba_timm  # noqa: F401 (registers the models)
+from etmamba_timm.layers import LocalBranch, Stfp
+
+CLIPS = (8, 3, 8, 112, 112)
+
+
+class Clock:
+    """Seconds spent forwards and backwards within modules of one kind."""
+
+    def __init__(self) -> None:
+        self.seconds, self.started = 0.0, 0.0
+
+    def start(self, *_) -> None:
+        self.started = time.perf_counter()
+
+    def stop(self, *_) -> None:
+        self.seconds += time.perf_counter() - self.started
+
+    def watch(self, module: nn.Module) -> None:
+        module.register_forward_pre_hook(self.start)
+        module.register_forward_hook(self.stop)
+        module.register_full_backward_pre_hook(self.start)
+        module.register_full_backward_hook(self.stop)
+
+
+def step(model: nn.Module, clips: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype) -> None:
+    model.zero_grad()
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        loss = F.cross_entropy(model(clips), labels)
+    loss.backward()
+
+
+def operator_share(model, clips, labels, dtype, name: str) -> float:
+    """Seconds within the operators of that name in one step, by PyTorch's profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step(model, clips, labels, dtype)
+    return sum(e.self_cpu_time_total for e in profile.key_averages() if name in e.key) / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--dtype", default="float32")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    dtype = getattr(torch, args.dtype)
+    model = timm.create_model("etmamba_ti", img_size=112, num_frames=8, num_classes=10).train()
+    clips, labels = torch.randn(CLIPS).requires_grad_(), torch.randint(10, CLIPS[:1])
+    step(model, clips, labels, dtype)
+    shares: dict[str, list[float]] = {"scan": [], "STFP": [], "local branch": []}
+    totals = []
+    for _ in range(args.runs):
+        start = time.perf_counter()
+        step(model, clips, labels, dtype)
+        totals.append(time.perf_counter() - start)
+        shares["scan"].append(operator_share(model, clips, labels, dtype, "cpu_scan") / totals[-1])
+    clocks = {"STFP": Clock(), "local branch": Clock()}
+    for module in model.modules():
+        for name, kind in (("STFP", Stfp), ("local branch", LocalBranch)):
+            if isinstance(module, kind):
+                clocks[name].watch(module)
+    for _ in range(args.runs):
+        for clock in clocks.values():
+            clock.seconds = 0.0
+        start = time.perf_counter()
+        step(model, clips, labels, dtype)
+        total = time.perf_counter() - start
+        for name, clock in clocks.items():
+            shares[name].append(clock.seconds / total)
+    rows = [
+        {"part": name, "dtype": args.dtype, "share_of_step": round(statistics.median(values), 3)}
+        for name, values in shares.items()
+    ]
+    rows.append({"part": "whole step", "dtype": args.dtype, "median_ms": round(statistics.median(totals) * 1e3, 1)})
+    for row in rows:
+        print(row)
+    write("training_step", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -14,8 +14,8 @@ class _Args(ctypes.Structure):  # must match csrc/scan.cpp
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("directions", "batch", "width", "length", "state", "reverse_from")),
         *((name, ctypes.c_int64) for name in ("groups", "threads", "softplus")),
-        *((name, Strided) for name in ("u", "delta", "z", "out")),
-        *((name, ctypes.c_void_p) for name in ("A", "B", "C", "D", "delta_bias", "last_state", "chunk_states")),
+        *((name, Strided) for name in ("u", "delta", "z", "out", "B", "C")),
+        *((name, ctypes.c_void_p) for name in ("A", "D", "delta_bias", "last_state", "chunk_states")),
         *((name, Strided) for name in ("dout", "du", "ddelta", "dz")),
         *((name, ctypes.c_void_p) for name in ("dA", "dB", "dC", "dD", "ddelta_bias")),
     ]
@@ -195,10 +195,8 @@ def _arguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse_from
     directions, batch, width, length = u.shape
     lanes, _ = _chunking(A.dtype)
     threads = torch.get_num_threads()
-    alive = [
-        None if t is None else t.contiguous()
-        for t in (A, B.transpose(2, 3).to(A.dtype), C.transpose(2, 3).to(A.dtype), D, delta_bias)
-    ]
+    B, C = (t if t.stride(2) == 1 else t.mT.contiguous().mT for t in (B.to(A.dtype), C.to(A.dtype)))
+    alive = [B, C, *(None if t is None else t.contiguous() for t in (A, D, delta_bias))]
     args = _Args(
         directions=directions,
         batch=batch,
@@ -212,7 +210,9 @@ def _arguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse_from
         u=strided(u),
         delta=strided(delta),
         z=strided(z),
+        B=strided(B),
+        C=strided(C),
         chunk_states=pointer(chunk_states),
     )
-    args.A, args.B, args.C, args.D, args.delta_bias = (None if t is None else t.data_ptr() for t in alive)
+    args.A, args.D, args.delta_bias = (None if t is None else t.data_ptr() for t in alive[2:])
     return args, alive

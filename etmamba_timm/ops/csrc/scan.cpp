@@ -17,7 +17,8 @@ struct Args {  // must match cpu.py
     // A row is one direction of one sequence, the first direction's first. The directions' outputs are added.
     int64_t directions, batch, width, length, state, reverse_from, groups, threads, softplus;  // reverse_from: a row
     Strided u, delta, z, out;               // z.data may be null; out has one direction
-    void *A, *B, *C, *D, *delta_bias;       // A [D, N]; B, C [rows, L, N]; D, delta_bias [D] or null
+    Strided B, C;                           // in the type of sums, their channels (the states) next to each other
+    void *A, *D, *delta_bias;               // [D, N]; [D] or null; [D] or null
     void *last_state, *chunk_states;        // [rows, D, N]; [rows, chunks, blocks, N, W] or null
     Strided dout, du, ddelta, dz;           // backward only, like the rest; dout has one direction
     void *dA, *dB, *dC, *dD, *ddelta_bias;  // [rows, D, N]; [rows, groups, L, N] twice; [rows, D] twice
@@ -30,14 +31,12 @@ inline Range blocks_of(const Args& a, int64_t group, int64_t blocks) {
 }
 
 struct Walk {  // over the steps of a row, in scan order
-    int64_t g, b, row, length, state;
+    int64_t g, b, row, length;
     bool reverse;
     Walk(const Args& a, int64_t g, int64_t b)
-        : g(g), b(b), row(g * a.batch + b), length(a.length), state(a.state), reverse(row >= a.reverse_from) {}
+        : g(g), b(b), row(g * a.batch + b), length(a.length), reverse(row >= a.reverse_from) {}
     int64_t t(int64_t i) const { return reverse ? length - 1 - i : i; }
-    template <typename S> const S* coefficients(const void* base, int64_t i) const {  // B or C at step i
-        return (const S*)base + (row * length + t(i)) * state;
-    }
+    template <typename S> const S* states(const Strided& x, int64_t i) const { return x.at<S>(g, b, 0, t(i)); }
 };
 
 template <typename S, int FIXED> struct Sizes {
@@ -102,7 +101,7 @@ template <typename T, typename S, int FIXED> void forward(const Args& a) {
                     V registers[FIXED ? FIXED : 1], *h = FIXED ? registers : kept;
                     if (FIXED) std::memcpy((void*)h, kept, N * sizeof(V));
                     for (int64_t j = 0; j < end - begin; ++j) {
-                        const S *B = walk.coefficients<S>(a.B, begin + j), *C = walk.coefficients<S>(a.C, begin + j);
+                        const S *B = walk.states<S>(a.B, begin + j), *C = walk.states<S>(a.C, begin + j);
                         const V dt = steps.dt[j], dx = dt * steps.x[j];
                         V even = {}, odd = {};  // two sums, so that one addition needn't wait for the other
 #pragma GCC unroll 16
@@ -168,7 +167,7 @@ template <typename T, typename S, int FIXED> void backward(const Args& a) {
                 // Once more forwards, keeping states and decays.
                 std::memcpy((void*)h.data(), size.chunk_state(a, walk.row, chunk, k), N * sizeof(V));
                 for (int64_t j = 0; j < end - begin; ++j) {
-                    const S *B = walk.coefficients<S>(a.B, begin + j), *C = walk.coefficients<S>(a.C, begin + j);
+                    const S *B = walk.states<S>(a.B, begin + j), *C = walk.states<S>(a.C, begin + j);
                     const V dt = steps.dt[j], dx = dt * steps.x[j];
                     y[j] = D * steps.x[j];
                     for (int64_t n = 0; n < N; ++n) {
@@ -189,7 +188,7 @@ template <typename T, typename S, int FIXED> void backward(const Args& a) {
 
                 V *dh = &grad[o * N], *dA_k = &dA[o * N];
                 for (int64_t j = end - begin - 1; j >= 0; --j) {  // backwards through the recurrence
-                    const S *B = walk.coefficients<S>(a.B, begin + j), *C = walk.coefficients<S>(a.C, begin + j);
+                    const S *B = walk.states<S>(a.B, begin + j), *C = walk.states<S>(a.C, begin + j);
                     const V dt = steps.dt[j], dx = dt * steps.x[j], dy_j = dy[j];
                     V to_dt = {}, to_x = {};
                     for (int64_t n = 0; n < N; ++n) {

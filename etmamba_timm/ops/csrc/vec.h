@@ -196,13 +196,11 @@ struct Strided {  // [directions, batch, channels, time], strides in elements; m
 };
 
 template <typename S> inline Vec<S> lanes_of(const void* base, int64_t channel, int64_t step, int count) {
-    Vec<S> v = {};
-    if (base) for (int w = 0; w < count; ++w) v[w] = ((const S*)base)[(channel + w) * step];
-    return v;
+    return base ? load<S, S>((const S*)base + channel * step, step, count) : Vec<S>{};
 }
 
 template <typename S> inline void put_lanes(void* base, int64_t channel, int64_t step, int count, Vec<S> v) {
-    for (int w = 0; w < count; ++w) ((S*)base)[(channel + w) * step] = v[w];
+    store<S, S>((S*)base + channel * step, step, count, v);
 }
 
 // ---- threads

@@ -1,5 +1,6 @@
 """Which frames of a video make up its clips: arithmetic on whole numbers."""
 
+from random import Random
 from typing import SupportsIndex
 
 
@@ -16,6 +17,48 @@ def sample_clips(num_video_frames: int, num_frames: int = 16, stride: int = 2, n
     Raises:
         ValueError: an argument is below 1.
     """
+    _check(num_video_frames, num_frames, stride, num_clips)
+    last = num_video_frames - 1
+    last_start = max(last - (num_frames - 1) * stride, 0)
+    if num_clips == 1:
+        starts = [last_start // 2]
+    else:
+        starts = [last_start * clip // (num_clips - 1) for clip in range(num_clips)]
+    return [[min(start + frame * stride, last) for frame in range(num_frames)] for start in starts]
+
+
+def sample_segments(num_video_frames: int, num_frames: int = 16, num_clips: int = 1) -> list[list[int]]:
+    """Uniform sampling: each clip takes one frame from each of `num_frames` equal segments of the whole video.
+
+    One clip takes the segments' middles; several take `num_clips` places spread evenly within each segment. A video
+    with fewer frames repeats them.
+
+    Returns, raises: as `sample_clips`.
+    """
+    _check(num_video_frames, num_frames, 1, num_clips)
+    parts = 2 * num_frames * num_clips  # half a place is one part
+    return [
+        [(2 * (frame * num_clips + clip) + 1) * num_video_frames // parts for frame in range(num_frames)]
+        for clip in range(num_clips)
+    ]
+
+
+def random_clip(num_video_frames: int, num_frames: int = 16, stride: int = 2, *, random: Random) -> list[int]:
+    """One clip of dense sampling that starts anywhere with equal chance; see `sample_clips`."""
+    _check(num_video_frames, num_frames, stride, 1)
+    last = num_video_frames - 1
+    start = random.randint(0, max(last - (num_frames - 1) * stride, 0))
+    return [min(start + frame * stride, last) for frame in range(num_frames)]
+
+
+def random_segments(num_video_frames: int, num_frames: int = 16, *, random: Random) -> list[int]:
+    """One clip of uniform sampling, a frame drawn from each segment with equal chance; see `sample_segments`."""
+    _check(num_video_frames, num_frames, 1, 1)
+    edges = [frame * num_video_frames // num_frames for frame in range(num_frames + 1)]
+    return [random.randint(edges[i], max(edges[i], edges[i + 1] - 1)) for i in range(num_frames)]
+
+
+def _check(num_video_frames: int, num_frames: int, stride: int, num_clips: int) -> None:
     for name, value, remedy in (
         ("num_video_frames", num_video_frames, "give a video that holds at least one frame"),
         ("num_frames", num_frames, "ask for at least one frame in a clip"),
@@ -26,10 +69,3 @@ def sample_clips(num_video_frames: int, num_frames: int = 16, stride: int = 2, n
             raise ValueError(f"{name} is {value!r}; it must be a whole number")
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be 1 or more: {remedy}")
-    last = num_video_frames - 1
-    last_start = max(last - (num_frames - 1) * stride, 0)
-    if num_clips == 1:
-        starts = [last_start // 2]
-    else:
-        starts = [last_start * clip // (num_clips - 1) for clip in range(num_clips)]
-    return [[min(start + frame * stride, last) for frame in range(num_frames)] for start in starts]

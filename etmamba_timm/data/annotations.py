@@ -1,0 +1,222 @@
+"""Which videos a dataset holds and what they show, read from its official files. Nothing is decoded here."""
+
+import csv
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+_logger = logging.getLogger(__name__)
+
+SUFFIXES = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg")
+MOST_MISSING = 0.5  # share of a list's videos that may be missing before it is an error
+BREAKFAST = (
+    *("cereals", "coffee", "friedegg", "juice", "milk"),
+    *("pancake", "salat", "sandwich", "scrambledegg", "tea"),
+)
+BREAKFAST_TEST = {1: (3, 15), 2: (16, 28), 3: (29, 41), 4: (42, 54)}  # participants, first and last
+HMDB51_SPLITS = {"train": "1", "test": "2"}
+
+
+class AnnotationError(ValueError):
+    """A dataset's files aren't what they should be. The message says which, and what was wanted."""
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """A dataset's videos.
+
+    Attributes:
+        samples: (file, class index) of each video that is there.
+        classes: names of the classes.
+        missing: files, or names of files, that were listed but aren't there.
+    """
+
+    samples: list[tuple[Path, int]]
+    classes: list[str]
+    missing: list[str]
+
+
+def read_folders(root: str | Path, classes: list[str] | None = None) -> Annotations:
+    """`root/<class>/**/<video>`; classes are the folders' names in alphabetical order, or those given."""
+    root = _folder(root)
+    names = classes or sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    samples = [
+        (path, index)
+        for index, name in enumerate(names)
+        for path in sorted((root / name).rglob("*"))
+        if path.suffix.lower() in SUFFIXES
+    ]
+    if not samples:
+        raise AnnotationError(f"{root} holds no videos in folders of classes; wanted {root}/<class>/<video>.mp4")
+    return Annotations(samples, list(names), [])
+
+
+def read_list(path: str | Path, root: str | Path | None = None, classes: list[str] | None = None) -> Annotations:
+    """A file of lines `video label`, separated by a comma, a tab or the last space; `#` begins a comment line.
+
+    Labels are class indices, or names where they aren't all whole numbers. A header line whose second field is 'label'
+    is skipped. Relative paths start at `root`, by default the list's own folder.
+    """
+    path = Path(path)
+    root = _folder(root or path.parent)
+    rows = []
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        separator = next((s for s in (",", "\t") if s in line), " ")
+        video, _, label = (field.strip().strip('"') for field in line.rpartition(separator))
+        if not video:
+            raise AnnotationError(
+                f"{path}, line {number}: {line!r} has no label; wanted `video label` or `video,label`"
+            )
+        if number > 1 or label.lower() != "label":
+            rows.append((video, label))
+    return _from_rows(rows, classes, lambda video: root / video, path)
+
+
+def read_kinetics(csv_file: str | Path, root: str | Path, classes: list[str] | None = None) -> Annotations:
+    """Kinetics' csv: columns label, youtube_id, time_start, time_end; videos `<id>_<start>_<end>.mp4` below `root`.
+
+    Times have six digits in the names, as the official downloader writes them; `<id>.mp4` is taken as well. Classes are
+    the labels in alphabetical order, or those given (a split that lacks some must be read with the other's).
+    """
+    csv_file = Path(csv_file)
+    find = _finder(root)
+    reader = csv.DictReader(_text(csv_file).splitlines())
+    wanted = {"label", "youtube_id", "time_start", "time_end"}
+    if not wanted <= set(reader.fieldnames or ()):
+        raise AnnotationError(f"{csv_file} has the columns {reader.fieldnames}; Kinetics' have {sorted(wanted)}")
+    rows = []
+    for row in reader:
+        span = f"{row['youtube_id']}_{int(float(row['time_start'])):06d}_{int(float(row['time_end'])):06d}"
+        rows.append(((span, row["youtube_id"]), row["label"]))
+    return _from_rows(rows, classes, lambda names: next(filter(None, map(find, names)), names[0]), csv_file)
+
+
+def read_ssv2(annotations: str | Path, root: str | Path, labels: str | Path | None = None) -> Annotations:
+    """Something-Something V2: train.json or validation.json; labels.json, by default beside it; `<id>.webm` below `root`."""
+    annotations = Path(annotations)
+    labels = Path(labels) if labels else annotations.with_name("labels.json")
+    find = _finder(root)
+    try:
+        index = {name: int(number) for name, number in json.loads(_text(labels)).items()}
+        entries = [
+            (str(e["id"]), e["template"].replace("[", "").replace("]", "")) for e in json.loads(_text(annotations))
+        ]
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise AnnotationError(
+            f"{annotations} and {labels} aren't Something-Something V2's ({type(error).__name__}: {error}); "
+            "wanted a list of {id, template, ...} and a dict of names to numbers"
+        ) from error
+    if sorted(index.values()) != list(range(len(index))):
+        raise AnnotationError(
+            f"{labels} numbers its classes {sorted(index.values())[:5]}...; wanted 0 to {len(index) - 1}"
+        )
+    return _from_rows(entries, sorted(index, key=index.get), lambda name: find(name) or name, annotations)
+
+
+def read_hmdb51(root: str | Path, splits: str | Path, split: int = 1, subset: str = "train") -> Annotations:
+    """HMDB-51: `splits/<class>_test_split<n>.txt` of lines `<video>.avi 0|1|2` (unused, train, test); videos below `root`."""
+    if split not in (1, 2, 3) or subset not in HMDB51_SPLITS:
+        raise AnnotationError(
+            f"split {split}, subset {subset!r}; HMDB-51 has splits 1, 2, 3 and the subsets train, test"
+        )
+    ending = f"_test_split{split}.txt"
+    files = sorted(_folder(splits).glob(f"*{ending}"))
+    if not files:
+        raise AnnotationError(f"{splits} holds no <class>{ending}; unpack HMDB-51's test_train_splits there")
+    rows = []
+    for file in files:
+        for line in _text(file).splitlines():
+            video, _, use = line.strip().rpartition(" ")
+            if use == HMDB51_SPLITS[subset]:
+                rows.append((Path(video.strip()).stem, file.name.removesuffix(ending)))
+    find = _finder(root)
+    return _from_rows(
+        rows, [f.name.removesuffix(ending) for f in files], lambda name: find(name) or name, files[0].parent
+    )
+
+
+def read_breakfast(root: str | Path, split: int = 1, subset: str = "train") -> Annotations:
+    """Breakfast: `root/P<participant>/<camera>/<...>_<activity>[_ch0].avi`; participants of the split are the test set.
+
+    Of stereo pairs (`_ch0`, `_ch1`) the first is taken. The ten activities are the classes, in alphabetical order.
+    """
+    if split not in BREAKFAST_TEST or subset not in ("train", "test"):
+        raise AnnotationError(
+            f"split {split}, subset {subset!r}; Breakfast has splits 1 to 4 and the subsets train, test"
+        )
+    first, last = BREAKFAST_TEST[split]
+    root, samples = _folder(root), []
+    for path in sorted(root.rglob("*")):
+        participant = next((p for p in path.relative_to(root).parts[:-1] if p[:1] == "P" and p[1:].isdigit()), None)
+        stem = path.stem.removesuffix("_ch0")
+        activity = stem.rpartition("_")[2]
+        if path.suffix.lower() not in SUFFIXES or participant is None or activity not in BREAKFAST:
+            continue
+        if (first <= int(participant[1:]) <= last) == (subset == "test"):
+            samples.append((path, BREAKFAST.index(activity)))
+    if not samples:
+        raise AnnotationError(f"{root} holds no videos of that part; wanted {root}/P03/cam01/P03_cereals.avi and so on")
+    return Annotations(samples, list(BREAKFAST), [])
+
+
+def _from_rows(rows: list, classes: list[str] | None, locate: Callable, source: Path) -> Annotations:
+    """Rows of (what `locate` takes, label) -> annotations; a file that isn't there is listed as missing."""
+    if not rows:
+        raise AnnotationError(f"{source} lists no videos")
+    labels = {label for _, label in rows}
+    if classes is None and all(label.isdecimal() for label in labels):
+        classes = [str(i) for i in range(max(map(int, labels)) + 1)]
+    classes = classes or sorted(labels)
+    index = {name: i for i, name in enumerate(classes)}
+    if unknown := sorted(
+        labels - set(index) - {label for label in labels if label.isdecimal() and int(label) < len(classes)}
+    ):
+        raise AnnotationError(f"{source}: labels {unknown[:5]} are none of the {len(classes)} classes {classes[:5]}...")
+    samples, missing = [], []
+    for what, label in rows:
+        found = Path(locate(what))
+        if found.is_file():
+            samples.append((found, index[label] if label in index else int(label)))
+        else:
+            missing.append(str(found))
+    if len(missing) > MOST_MISSING * len(rows):
+        raise AnnotationError(
+            f"{source} lists {len(rows)} videos, {len(missing)} of which aren't there (first: {missing[0]}); "
+            "give the folder that holds them as root"
+        )
+    if missing:
+        _logger.warning(
+            "%s: %d of %d videos are missing and left out, first %s", source, len(missing), len(rows), missing[0]
+        )
+    return Annotations(samples, list(classes), missing)
+
+
+def _finder(root: str | Path) -> Callable[[str], Path | None]:
+    """Finds a video below `root` by its name without suffix, in whatever folders."""
+    stems = {}
+    for folder, _, names in os.walk(_folder(root)):
+        for name in names:
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() in SUFFIXES:
+                stems.setdefault(stem, Path(folder, name))
+    return stems.get
+
+
+def _folder(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_dir():
+        raise AnnotationError(f"{path} is no folder")
+    return path
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AnnotationError(f"{path} can't be read: {error}") from error

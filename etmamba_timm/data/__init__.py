@@ -1,16 +1,44 @@
-"""From a video file to the clips a model takes: frames, sampling, transforms."""
+"""From video files to the clips a model takes: annotations, frames, sampling, transforms, datasets."""
 
+from .annotations import (
+    AnnotationError,
+    Annotations,
+    read_breakfast,
+    read_folders,
+    read_hmdb51,
+    read_kinetics,
+    read_list,
+    read_ssv2,
+)
+from .augment import TrainTransform
+from .dataset import EvalClips, Sampling, TrainClips, collate
 from .ffmpeg import VideoError
-from .sampling import sample_clips
+from .sampling import random_clip, random_segments, sample_clips, sample_segments
 from .transforms import EvalTransform
 from .video import VideoInfo, VideoReader, probe, read_frames
 
 __all__ = [
+    "AnnotationError",
+    "Annotations",
+    "EvalClips",
     "EvalTransform",
+    "Sampling",
+    "TrainClips",
+    "TrainTransform",
     "VideoError",
     "VideoInfo",
     "VideoReader",
+    "collate",
     "probe",
+    "random_clip",
+    "random_segments",
+    "read_breakfast",
+    "read_folders",
     "read_frames",
+    "read_hmdb51",
+    "read_kinetics",
+    "read_list",
+    "read_ssv2",
     "sample_clips",
+    "sample_segments",
 ]

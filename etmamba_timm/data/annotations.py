@@ -73,7 +73,7 @@ def read_list(path: str | Path, root: str | Path | None = None, classes: list[st
             raise AnnotationError(
                 f"{path}, line {number}: {line!r} has no label; wanted `video label` or `video,label`"
             )
-        if number > 1 or label.lower() != "label":
+        if rows or label.lower() != "label":  # the first may be a header
             rows.append((video, label))
     return _from_rows(rows, classes, lambda video: root / video, path)
 
@@ -98,7 +98,7 @@ def read_kinetics(csv_file: str | Path, root: str | Path, classes: list[str] | N
 
 
 def read_ssv2(annotations: str | Path, root: str | Path, labels: str | Path | None = None) -> Annotations:
-    """Something-Something V2: train.json or validation.json; labels.json, by default beside it; `<id>.webm` below `root`."""
+    """Something-Something V2: train.json or validation.json, and labels.json beside it; `<id>.webm` below `root`."""
     annotations = Path(annotations)
     labels = Path(labels) if labels else annotations.with_name("labels.json")
     find = _finder(root)
@@ -120,7 +120,7 @@ def read_ssv2(annotations: str | Path, root: str | Path, labels: str | Path | No
 
 
 def read_hmdb51(root: str | Path, splits: str | Path, split: int = 1, subset: str = "train") -> Annotations:
-    """HMDB-51: `splits/<class>_test_split<n>.txt` of lines `<video>.avi 0|1|2` (unused, train, test); videos below `root`."""
+    """HMDB-51: `splits/<class>_test_split<n>.txt`, lines `<video>.avi 0|1|2` (unused, train, test)."""
     if split not in (1, 2, 3) or subset not in HMDB51_SPLITS:
         raise AnnotationError(
             f"split {split}, subset {subset!r}; HMDB-51 has splits 1, 2, 3 and the subsets train, test"

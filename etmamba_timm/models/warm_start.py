@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import BiMamba, Ebs
-from ..layers.ssm import short_conv, ssm
+from ..layers.ssm import conv_silu, ssm
 from ..ops import selective_scan
 from .backbone import EtMamba
 from .convert import adapt_in_chans, checkpoint_filter_fn, from_videomamba
@@ -76,8 +76,8 @@ def warm_start(source: Mapping[str, Tensor], model: EtMamba, clips: Tensor | Non
             mapped |= {f"blocks.{i}.{k}": v for k, v in block.items()}
             x = old(x, grid)
     out = {k: mapped.get(k, v).to(v, copy=True) for k, v in own.items()}
-    if "stem.norm3.weight" in own and "stem.norm3.weight" not in mapped:
-        out["stem.norm3.weight"].fill_(STEM_SCALE)
+    if "stem.conv3.norm.weight" in own and "stem.conv3.norm.weight" not in mapped:
+        out["stem.conv3.norm.weight"].fill_(STEM_SCALE)
     _logger.info("warm start from VideoMamba; fresh: %s", _summary(own.keys() - mapped.keys()) or "nothing")
     return out
 
@@ -93,7 +93,7 @@ def prune(old: BiMamba, new: Ebs, x: Tensor, x_new: Tensor) -> Ebs:
         x, x_new: the tokens [B, N, D] that `old` and `new` see, each after its own norm.
     """
     below, z = old.in_proj(x).chunk(2, dim=-1)  # each [B, N, E_v]
-    u_f, u_b = short_conv(below, old.conv1d), short_conv(below, old.conv1d_b, reverse=True)
+    u_f, u_b = conv_silu(below, old.conv1d), conv_silu(below, old.conv1d_b, reverse=True)
     y_f = ssm(selective_scan, u_f, z, old.x_proj, old.dt_proj, old.A_log, old.D)
     y_b = ssm(selective_scan, u_b, z, old.x_proj_b, old.dt_proj_b, old.A_b_log, old.D_b, reverse=True)
     kept = choose_pairs(torch.cat([y_f, y_b], dim=-1), old.out_proj.weight, new.D.numel())  # [E]
@@ -108,7 +108,7 @@ def prune(old: BiMamba, new: Ebs, x: Tensor, x_new: Tensor) -> Ebs:
     weights["x_proj.weight"] = torch.cat([old.x_proj.weight, old.x_proj_b.weight], dim=1)[:, kept]
     weights["out_proj.weight"] = old.out_proj.weight[:, channel]
     new.load_state_dict(weights)
-    _refit(new, new.x_proj, x_new, torch.cat([old.x_proj(u_f), old.x_proj_b(u_b)]))
+    _refit(new, new.x_proj, x_new, torch.stack([old.x_proj(u_f), old.x_proj_b(u_b)]))
     _refit(new, new.out_proj, x_new, old.out_proj(y_f + y_b))
     return new
 

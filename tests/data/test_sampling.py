@@ -1,12 +1,13 @@
 """Clip sampling, by a table worked out by hand and by what must hold for all arguments."""
 
 from itertools import pairwise
+from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from etmamba_timm.data import sample_clips
+from etmamba_timm.data import random_clip, random_segments, sample_clips, sample_segments
 
 
 @pytest.mark.parametrize(
@@ -81,3 +82,40 @@ def test_arguments_below_one(position, name, remedy, value):
     arguments[position] = value
     with pytest.raises(ValueError, match=rf"^{name} is {value}; .*{remedy}"):
         sample_clips(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("video", "frames", "clips", "expected"),
+    [
+        (8, 4, 1, [[1, 3, 5, 7]]),
+        (30, 3, 1, [[5, 15, 25]]),
+        (30, 3, 2, [[2, 12, 22], [7, 17, 27]]),
+        (4, 4, 1, [[0, 1, 2, 3]]),
+        (2, 4, 1, [[0, 0, 1, 1]]),  # shorter than the clip: frames are repeated
+        (1, 3, 2, [[0, 0, 0], [0, 0, 0]]),
+    ],
+)
+def test_segments(video, frames, clips, expected):
+    assert sample_segments(video, frames, clips) == expected
+
+
+@given(st.integers(1, 400), COUNTS, st.integers(1, 20), st.integers(0, 1000))
+def test_random_clips_are_dense_clips(video, num_frames, stride, seed):
+    clip = random_clip(video, num_frames, stride, random=Random(seed))
+    last = video - 1
+    assert clip == [min(clip[0] + i * stride, last) for i in range(num_frames)]
+    assert 0 <= clip[0] <= max(0, last - (num_frames - 1) * stride)
+
+
+@given(st.integers(1, 400), COUNTS, st.integers(0, 1000))
+def test_random_segments_stay_in_their_segments(video, num_frames, seed):
+    clip = random_segments(video, num_frames, random=Random(seed))
+    for i, frame in enumerate(clip):
+        first, after = i * video // num_frames, (i + 1) * video // num_frames
+        assert first <= frame < max(after, first + 1)
+    assert clip == sorted(clip)
+
+
+def test_random_starts_reach_both_ends():
+    starts = {random_clip(20, 4, 2, random=Random(seed))[0] for seed in range(300)}
+    assert starts == set(range(14))

@@ -150,7 +150,7 @@ class TestTheWholeMap:
         x = torch.randn(2, 3, 2, 32, 32)
         change = (model(x) - source(x)).norm() / source(x).norm()
         assert 0 < change < 0.1
-        nn.init.zeros_(model.stem.norm3.weight)
+        nn.init.zeros_(model.stem.conv3.norm.weight)
         assert torch.equal(model(x), source(x))
 
     def test_row_a_is_videomamba(self):
@@ -160,9 +160,9 @@ class TestTheWholeMap:
     def test_a_stem_in_the_source_is_kept(self):
         torch.manual_seed(1)
         source = build(block="bimamba")
-        assert torch.equal(started(source).stem.norm3.weight, torch.ones(3))
+        assert torch.equal(started(source).stem.conv3.norm.weight, torch.ones(3))
         assert torch.equal(started(source).stem.conv1.depthwise.weight, source.stem.conv1.depthwise.weight)
-        assert torch.equal(started(source, in_chans=4).stem.norm3.weight, torch.full((4,), MODULE.STEM_SCALE))
+        assert torch.equal(started(source, in_chans=4).stem.conv3.norm.weight, torch.full((4,), MODULE.STEM_SCALE))
         started(source, in_chans=1)
 
     def test_every_key_of_the_model(self):

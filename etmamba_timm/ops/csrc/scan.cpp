@@ -52,14 +52,20 @@ template <typename S, int FIXED> struct Sizes {
 // What a chunk's recurrence needs at each of its steps. Computed for all of them at once: the steps are independent.
 template <typename T, typename S> struct Steps {
     Vec<S> raw[STEPS], dt[STEPS], x[STEPS];
-    void read(const Args& a, const Walk& walk, int64_t begin, int64_t end, int64_t d, int count, Vec<S> bias) {
+    // Memory is asked for the chunk that comes next, `ahead` steps away: a block's rows are too far apart for the
+    // processor to see by itself which will be wanted.
+    void read(const Args& a, const Walk& walk, int64_t begin, int64_t end, int64_t ahead, int64_t d, int count) {
+        const Vec<S> bias = lanes_of<S>(a.delta_bias, d, 1, count);
         for (int64_t i = begin; i < end; ++i) {
-            const int64_t j = i - begin, t = walk.t(i);
-            raw[j] = load<T, S>(a.delta.at<T>(walk.g, walk.b, d, t), a.delta.channel, count) + bias;
+            const int64_t j = i - begin, t = walk.t(i), g = walk.g, b = walk.b;
+            raw[j] = load<T, S>(a.delta.at<T>(g, b, d, t), a.delta.channel, count) + bias;
             dt[j] = a.softplus ? softplus(raw[j]) : raw[j];
-            x[j] = load<T, S>(a.u.at<T>(walk.g, walk.b, d, t), a.u.channel, count);
-            __builtin_prefetch(a.delta.at<T>(walk.g, walk.b, d + Lanes<S>::W, t));  // the next block's
-            __builtin_prefetch(a.u.at<T>(walk.g, walk.b, d + Lanes<S>::W, t));
+            x[j] = load<T, S>(a.u.at<T>(g, b, d, t), a.u.channel, count);
+            const int64_t next = walk.t(std::max<int64_t>(0, std::min(i + ahead, a.length - 1)));
+            for (const Strided* from : {&a.delta, &a.u, &a.z})
+                if (from->data) __builtin_prefetch(from->at<T>(g, b, d, next), 0, 2);
+            const Strided& other = a.dout.data ? a.dout : a.out;
+            __builtin_prefetch(other.at<T>(0, b, d, next), 0, 2);
         }
     }
 };
@@ -96,7 +102,7 @@ template <typename T, typename S, int FIXED> void forward(const Args& a) {
                     V* kept = &state[(k - range.first) * N];
                     if (a.chunk_states) std::memcpy((void*)size.chunk_state(a, walk.row, chunk, k), kept, N * sizeof(V));
                     const V* A_k = &A[(k - range.first) * N];
-                    steps.read(a, walk, begin, end, d, count, lanes_of<S>(a.delta_bias, d, 1, count));
+                    steps.read(a, walk, begin, end, STEPS, d, count);
 
                     V registers[FIXED ? FIXED : 1], *h = FIXED ? registers : kept;
                     if (FIXED) std::memcpy((void*)h, kept, N * sizeof(V));
@@ -162,7 +168,7 @@ template <typename T, typename S, int FIXED> void backward(const Args& a) {
                 const int count = (int)std::min<int64_t>(size.W, a.width - d);
                 const V* A_k = &A[o * N];
                 const V D = lanes_of<S>(a.D, d, 1, count);
-                steps.read(a, walk, begin, end, d, count, lanes_of<S>(a.delta_bias, d, 1, count));
+                steps.read(a, walk, begin, end, -STEPS, d, count);
 
                 // Once more forwards, keeping states and decays.
                 std::memcpy((void*)h.data(), size.chunk_state(a, walk.row, chunk, k), N * sizeof(V));
@@ -170,6 +176,7 @@ template <typename T, typename S, int FIXED> void backward(const Args& a) {
                     const S *B = walk.states<S>(a.B, begin + j), *C = walk.states<S>(a.C, begin + j);
                     const V dt = steps.dt[j], dx = dt * steps.x[j];
                     y[j] = D * steps.x[j];
+#pragma GCC unroll 4
                     for (int64_t n = 0; n < N; ++n) {
                         decay[j * N + n] = vexp2(dt * A_k[n]);
                         h[(j + 1) * N + n] = decay[j * N + n] * h[j * N + n] + dx * B[n];
@@ -191,6 +198,7 @@ template <typename T, typename S, int FIXED> void backward(const Args& a) {
                     const S *B = walk.states<S>(a.B, begin + j), *C = walk.states<S>(a.C, begin + j);
                     const V dt = steps.dt[j], dx = dt * steps.x[j], dy_j = dy[j];
                     V to_dt = {}, to_x = {};
+#pragma GCC unroll 4
                     for (int64_t n = 0; n < N; ++n) {
                         const V dh_n = dh[n] + dy_j * C[n], carried = dh_n * decay[j * N + n];
                         const V through = carried * h[j * N + n];

@@ -57,16 +57,23 @@ inline Vec<float> vmin(Vec<float> a, Vec<float> b) { return a < b ? a : b; }
 #endif
 
 inline Vec<float> vexp2(Vec<float> x) {  // relative error 2e-7 within the range of normal numbers; exactly 1 at 0
-    using I = Lanes<float>::ivec;
+#if defined(__AVX512F__)
+    const Vec<float> nearest = _mm512_roundscale_ps(x, 0), r = x - nearest;
+#else
     const Vec<float> magic = Vec<float>{} + 12582912.f;  // 1.5·2^23: x's nearest integer lands in the lowest bits
     x = vmin(Vec<float>{} + 127.f, vmax(Vec<float>{} - 126.f, x));
     const Vec<float> shifted = x + magic, r = x - (shifted - magic);
+#endif
     Vec<float> p = r * 1.3264727e-3f + 9.6715126e-3f;  // minimax for 2^r within ±0.5
     p = p * r + 5.5507337e-2f;
     p = p * r + 2.4022242e-1f;
     p = p * r + 6.9314698e-1f;
     p = p * r + 1.f;
-    return (Vec<float>)((I)p + ((I)shifted << 23));  // the integer added to the exponent
+#if defined(__AVX512F__)
+    return _mm512_scalef_ps(p, nearest);
+#else
+    return (Vec<float>)((Lanes<float>::ivec)p + ((Lanes<float>::ivec)shifted << 23));  // the integer added to the exponent
+#endif
 }
 
 inline Vec<double> vexp2(Vec<double> x) {

@@ -94,7 +94,7 @@ def test_missing_file(model, tmp_path):
 class TestLoadModel:
     def test_untrained_is_refused_unless_allowed(self, caplog):
         with pytest.raises(UntrainedError, match="'etmamba_ti' has no trained weights, so its results would be random"):
-            load_model("etmamba_ti")
+            load_model("etmamba_ti_ebs")
         assert load_model("etmamba_ti", allow_untrained=True).training is False
         assert "etmamba_ti has no trained weights: its results are random" in caplog.text
 

@@ -233,7 +233,7 @@ def _info(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     import torch
 
-    from .convert import convert_checkpoint
+    from .conversion import convert_checkpoint
 
     if args.img_size and len(args.img_size) > 2:
         raise ValueError(f"--img-size is {args.img_size}; give one number, or height and width")

@@ -199,5 +199,5 @@ def _from_checkpoint(name: str, path: Path) -> tuple[EtMamba, bool]:
     model.load_state_dict(state_dict)
     entry = find_checkpoint(name) if "." in name else None
     if entry and entry.is_classifier and entry.num_classes == model.num_classes:
-        model.pretrained_cfg["label_names"] = entry.label_names()
+        model.pretrained_cfg["label_names"] = entry.label_names(entry.config())
     return model, head is not None

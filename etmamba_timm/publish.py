@@ -70,7 +70,7 @@ class HubFolder:
             "num_frames": clip["num_frames"],
             "img_size": self.config["pretrained_cfg"]["input_size"][1],
             "num_classes": self.config["num_classes"],
-            "labels": None,
+            "labels": CONFIG_FILE if self.config.get("label_names") else None,
             "stride": clip.get("stride"),
             "trained_on": None,
             "started_from": None,

@@ -1,6 +1,7 @@
 """What checkpoints there are: `weights/manifest.json`. The registry reads it, so that adding weights is adding data."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1]
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 STATUSES = ("published", "local", "warm start")
+_DATA = ("input_size", "mean", "std", "interpolation", "crop_pct")
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Checkpoint:
         num_frames: of the clips it was trained on; 1 for images.
         img_size: their height and width, in pixels.
         num_classes: of its classifier; None without one.
-        labels: where its class names are, a key of `LABELS` or 'config.json'; None where they aren't known.
+        labels: where its class names are, a key of `LABELS` or 'config.json' beside its weights; None where they
+            aren't known.
         stride: frames from one of a clip to the next; None where they are spread evenly over the whole video.
         trained_on, started_from: data set, and what came before.
         figures: [{"dataset", "metric", "value", "views", "whose"}], views {"frames", "crops", "clips"} or None.
@@ -63,14 +66,19 @@ class Checkpoint:
         """The config.json of a local checkpoint; {} for one that isn't there, or on the Hub."""
         return read_config(self.folder) if self.folder else {}
 
-    def model_args(self) -> dict:
-        """Constructor arguments that it asks for, beside its architecture's own."""
-        return {"num_frames": self.num_frames, "img_size": self.img_size} | self.config().get("model_args", {})
+    @property
+    def has_config(self) -> bool:
+        """Whether a config.json stands beside its weights: those saved by this package."""
+        return self.folder is not None or self.source["file"] == WEIGHTS_FILE
 
-    def label_names(self) -> tuple[str, ...] | None:
-        """Its class names, in order."""
+    def model_args(self, config: Mapping) -> dict:
+        """Constructor arguments that it asks for, beside its architecture's own; `config` is its config.json, or {}."""
+        return {"num_frames": self.num_frames, "img_size": self.img_size} | config.get("model_args", {})
+
+    def label_names(self, config: Mapping) -> tuple[str, ...] | None:
+        """Its class names, in order; `config` is its config.json, or {}."""
         if self.labels == CONFIG_FILE:
-            return tuple(self.config().get("label_names", ())) or None
+            return tuple(config.get("label_names", ())) or None
         return label_names(self.labels)
 
     def cfg(self) -> dict:
@@ -83,9 +91,7 @@ class Checkpoint:
             cfg["hf_hub_id"] = self.source["repo"] + (f"@{revision}" if revision else "")
             cfg["hf_hub_filename"] = self.source["file"]
         else:
-            known = ("input_size", "mean", "std", "interpolation", "crop_pct")
-            saved = self.config().get("pretrained_cfg", {})
-            cfg |= {key: _tuple(saved[key]) for key in known if key in saved}
+            cfg |= saved_cfg(self.config())
             if (self.folder / WEIGHTS_FILE).is_file():
                 cfg["file"] = str(self.folder / WEIGHTS_FILE)
         return cfg
@@ -115,6 +121,12 @@ def find_checkpoint(name: str) -> Checkpoint | None:
     if "." in name:
         return manifest().get(name)
     return next((entry for entry in manifest().values() if entry.architecture == name), None)
+
+
+def saved_cfg(config: Mapping) -> dict:
+    """What a config.json says of the data that its weights take, for timm's PretrainedCfg."""
+    saved = config.get("pretrained_cfg", {})
+    return {key: _tuple(saved[key]) for key in _DATA if key in saved}
 
 
 def read_config(folder: Path) -> dict:

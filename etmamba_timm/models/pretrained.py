@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .backbone import EtMamba
 from .checkpoint import CheckpointError, check_complete, check_readable, first_line, fit_checkpoint
 from .convert import checkpoint_filter_fn, from_videomamba
-from .manifest import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, find_checkpoint, read_config
+from .manifest import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, find_checkpoint, manifest, read_config, saved_cfg
 
 _logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class Pretrained:
         if entry is not None:
             model.clip_cfg = model.clip_cfg or {"num_frames": entry.num_frames, "stride": entry.stride}
             if loaded and entry.is_classifier and getattr(model, "num_classes", 0) == entry.num_classes:
-                cfg["label_names"] = entry.label_names()
+                cfg["label_names"] = entry.label_names(self.config)
         if len(cfg.get("label_names") or ()) != getattr(model, "num_classes", 0):
             cfg.pop("label_names", None)
 
@@ -95,7 +95,10 @@ def find_pretrained(
     given = asdict(cfg) if is_dataclass(cfg) else cfg if isinstance(cfg, Mapping) else {}
     source = {**base_cfg, **(entry.cfg() if entry else given), **overlay}
     if entry is not None:
-        config = entry.config()
+        config = entry.config() or (
+            _fetched_config(entry, cache_dir) if pretrained and not _has_source(overlay) else {}
+        )
+        overlay = saved_cfg(config) | overlay
     elif source.get("source") in ("hf-hub", "local-dir"):
         config = _config_of(source, cache_dir)
     if pretrained:
@@ -106,7 +109,7 @@ def find_pretrained(
                 verify(path, entry.sha256)
             overlay.update(file=str(path), source=None)
     warm = entry is not None and entry.status == "warm start"
-    model_args = entry.model_args() if entry else {}
+    model_args = entry.model_args(config) if entry else {}
     return Pretrained(entry, cfg, overlay, model_args, config, _warm_filter if warm else _filter)
 
 
@@ -194,6 +197,16 @@ def _config_of(source: Mapping, cache_dir) -> dict:
     return read_config(Path(path).parent) if isinstance(path, str) else {}
 
 
+def _fetched_config(entry: Checkpoint, cache_dir) -> dict:
+    """The config.json beside weights on the Hub, where there should be one."""
+    if not entry.has_config:
+        return {}
+    try:
+        return read_config(fetch(entry.cfg()["hf_hub_id"], CONFIG_FILE, cache_dir).parent)
+    except _NotThereError:
+        return {}
+
+
 def _filter(state_dict: Mapping, model: nn.Module) -> dict[str, Tensor]:
     try:
         return fit_checkpoint(state_dict, model)
@@ -218,8 +231,6 @@ def _warm_filter(state_dict: Mapping, model: nn.Module) -> dict[str, Tensor]:
 
 def registered_cfgs(base_cfg: dict, names: tuple[str, ...]) -> dict[str, dict | PretrainedCfg]:
     """timm's cfgs for these names: one a checkpoint of the manifest, and one without weights where there is none."""
-    from .manifest import manifest
-
     cfgs = {entry.name: {**base_cfg, **entry.cfg()} for entry in manifest().values()}
     tagged = {name.partition(".")[0] for name in cfgs}
     return cfgs | {name: dict(base_cfg) for name in names if name not in tagged}

@@ -58,7 +58,8 @@ def save_checkpoint(
     draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
         save_file(tensors, draft / WEIGHTS_FILE, metadata={"format": "pt"})
-        save_config_for_hf(model, str(draft / CONFIG_FILE), model_config=blocks)
+        data = {"input_size": (model.in_chans, *model.img_size)}
+        save_config_for_hf(model, str(draft / CONFIG_FILE), model_config=blocks, data_config=data)
         config = json.loads((draft / CONFIG_FILE).read_text(encoding="utf-8"))
         config["pretrained_cfg"].pop("label_names", None)  # they stand at the root
         (draft / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -107,7 +107,7 @@ def convert_checkpoint(
         model,
         folder,
         dtype=dtype,
-        label_names=label_names or (entry.label_names() if entry else None),
+        label_names=label_names or (entry.label_names(entry.config()) if entry else None),
         clip=clip,
         card={key: value for key, value in card.items() if value},
         readme=lambda config: model_card(tag or Path(folder).name, config, params, stored),

@@ -66,11 +66,6 @@ class Checkpoint:
         """The config.json of a local checkpoint; {} for one that isn't there, or on the Hub."""
         return read_config(self.folder) if self.folder else {}
 
-    @property
-    def has_config(self) -> bool:
-        """Whether a config.json stands beside its weights: those saved by this package."""
-        return self.folder is not None or self.source["file"] == WEIGHTS_FILE
-
     def model_args(self, config: Mapping) -> dict:
         """Constructor arguments that it asks for, beside its architecture's own; `config` is its config.json, or {}."""
         return {"num_frames": self.num_frames, "img_size": self.img_size} | config.get("model_args", {})

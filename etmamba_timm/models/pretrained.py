@@ -140,7 +140,7 @@ def fetch(repo: str, filename: str, cache_dir: str | Path | None = None) -> Path
         raise (_NotThereError if absent else DownloadError)(
             f"{repo}/{filename} can't be fetched from {constants.ENDPOINT}, and isn't in the cache "
             f"{cache_dir or constants.HF_HUB_CACHE} ({first_line(error)}). Try again with a network; or give the file, "
-            "if you have it, by pretrained_cfg_overlay=dict(file=...). HF_HOME or cache_dir= names another cache, "
+            "if you have it, by pretrained_cfg_overlay=dict(file=...) or --checkpoint. HF_HOME or cache_dir= names another cache, "
             f"HF_HUB_OFFLINE=1 uses nothing but the cache (it is {'on' if constants.HF_HUB_OFFLINE else 'off'})"
         ) from error
 
@@ -198,8 +198,8 @@ def _config_of(source: Mapping, cache_dir) -> dict:
 
 
 def _fetched_config(entry: Checkpoint, cache_dir) -> dict:
-    """The config.json beside weights on the Hub, where there should be one."""
-    if not entry.has_config:
+    """The config.json on the Hub beside weights that this package saved; {} without."""
+    if entry.source.get("file") != WEIGHTS_FILE:
         return {}
     try:
         return read_config(fetch(entry.cfg()["hf_hub_id"], CONFIG_FILE, cache_dir).parent)

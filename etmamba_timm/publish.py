@@ -6,6 +6,7 @@ publish(folder, "me/etmamba_ti.mocap")
 """
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -99,13 +100,15 @@ def check_folder(path: str | Path) -> HubFolder:
         raise FolderError(f"{path}: {error}") from None
     except UNREADABLE as error:
         raise FolderError(f"{path} can't be loaded: {first_line(error)}") from error
-    problems = _problems(config, model)
+    dtypes, classes = Counter(), 0
+    with safe_open(path / WEIGHTS_FILE, "pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            stored = file.get_slice(key)
+            dtypes[stored.get_dtype()] += math.prod(stored.get_shape())
+            classes = stored.get_shape()[0] if key == "head.weight" else classes
+    problems = _problems(config, model, classes)
     if problems:
         raise FolderError(f"{path}: " + "; ".join(problems))
-    with safe_open(path / WEIGHTS_FILE, "pt") as file:
-        dtypes = Counter()
-        for key in file.keys():  # noqa: SIM118
-            dtypes[file.get_slice(key).get_dtype()] += model.state_dict()[key].numel()
     weights = (path / WEIGHTS_FILE).read_bytes()
     published = {WEIGHTS_FILE, CONFIG_FILE, "README.md"}
     return HubFolder(
@@ -119,8 +122,12 @@ def check_folder(path: str | Path) -> HubFolder:
     )
 
 
-def _problems(config: Mapping, model: EtMamba) -> list[str]:
+def _problems(config: Mapping, model: EtMamba, classes: int) -> list[str]:
+    """What config.json says that doesn't hold, for weights of so many classes."""
     out = []
+    said = {config.get("num_classes"), model.num_classes} - {classes}
+    if said:
+        out.append(f"config.json says {said.pop()} classes, the weights have {classes}")
     names, clip, card = config.get("label_names"), config.get("clip", {}), config.get("card", {})
     if names and len(names) != model.num_classes:
         out.append(f"there are {len(names)} label names for {model.num_classes} classes")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .backbone import EtMamba
 from .checkpoint import CheckpointError, check_complete, check_readable, first_line, fit_checkpoint
-from .convert import checkpoint_filter_fn, from_videomamba
+from .convert import from_videomamba
 from .manifest import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, find_checkpoint, manifest, read_config, saved_cfg
 
 _logger = logging.getLogger(__name__)
@@ -140,8 +140,8 @@ def fetch(repo: str, filename: str, cache_dir: str | Path | None = None) -> Path
         raise (_NotThereError if absent else DownloadError)(
             f"{repo}/{filename} can't be fetched from {constants.ENDPOINT}, and isn't in the cache "
             f"{cache_dir or constants.HF_HUB_CACHE} ({first_line(error)}). Try again with a network; or give the file, "
-            "if you have it, by pretrained_cfg_overlay=dict(file=...) or --checkpoint. HF_HOME or cache_dir= names another cache, "
-            f"HF_HUB_OFFLINE=1 uses nothing but the cache (it is {'on' if constants.HF_HUB_OFFLINE else 'off'})"
+            "if you have it, by pretrained_cfg_overlay=dict(file=...) or --checkpoint. HF_HOME or cache_dir= names "
+            f"another cache, HF_HUB_OFFLINE=1 (now {'on' if constants.HF_HUB_OFFLINE else 'off'}) uses nothing but it"
         ) from error
 
 
@@ -222,7 +222,7 @@ def _warm_filter(state_dict: Mapping, model: nn.Module) -> dict[str, Tensor]:
     from .warm_start import warm_start
 
     try:
-        out = checkpoint_filter_fn(warm_start(state_dict, model), model)
+        out = warm_start(state_dict, model)
         check_complete(out, model)
         return out
     except TypeError as error:

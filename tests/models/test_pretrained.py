@@ -322,6 +322,22 @@ def test_a_tag_with_a_file_of_it_at_hand(tmp_path):
     assert (unnamed.num_frames, unnamed.clip_cfg) == (16, {})
 
 
+def test_a_tag_that_starts_from_videomamba(hub, tmp_path):
+    """VideoMamba's checkpoint by a tag of ETMamba; ETMamba's own weights, by the same tag, stay as they are."""
+    pytest.importorskip("etmamba_timm.models.warm_start")
+    code = f"""
+small = {golden_config()!r}
+model = attempt('etmamba_ti.videomamba_k400_f8', **small)
+print(bool(model.blocks[0].fusion.weight[:, small['embed_dim']:].any()), 'label_names' in model.pretrained_cfg)
+torch.save(model.state_dict(), 'own.pth')
+attempt('etmamba_ti.videomamba_k400_f8', pretrained_cfg_overlay=dict(file='own.pth'), **small)
+"""
+    started, told, own = run(code, hub.environment(tmp_path))
+    assert told == "False False"  # Fuse starts as [I | 0]
+    assert own == started
+    assert hub.files_asked("GET") == [UPSTREAM]
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -20,6 +20,7 @@ from .etmamba import (
 )
 from .manifest import Checkpoint, find_checkpoint, manifest
 from .pretrained import DownloadError
+from .save import save_checkpoint
 from .variants import VARIANTS
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "find_checkpoint",
     "manifest",
     "read_checkpoint",
+    "save_checkpoint",
     "videomamba_m",
     "videomamba_m_stfp",
     "videomamba_s",

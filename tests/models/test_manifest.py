@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 
+from etmamba_timm.card import views
 from etmamba_timm.models import VARIANTS, find_checkpoint, manifest
 from etmamba_timm.models.checkpoint import variant_of
 from etmamba_timm.models.manifest import LABELS, STATUSES, label_names, weights_folder
@@ -133,19 +134,29 @@ def test_every_folder_of_weights_is_in_the_manifest():
     assert folders == {entry.source["folder"] for entry in manifest().values() if "folder" in entry.source}
 
 
-def test_readme_lists_the_default_and_its_tags():
-    """The table of the README's section on weights: model, default tag, other tags, status."""
-    text = (REPO / "README.md").read_text(encoding="utf-8")
-    section = text.partition("## Pretrained weights")[2].partition("\n## ")[0]
-    told = dict(re.findall(r"^\| `([\w.]+)` \| (.*) \|$", section, re.MULTILINE))
-    assert set(told) == set(manifest())
-    for name, row in told.items():
-        entry = manifest()[name]
-        frames, size, classes, status, figure = row.split(" | ")
-        assert (frames, size) == (str(entry.num_frames), str(entry.img_size))
-        assert classes == (str(entry.num_classes) if entry.num_classes else "–")
-        assert status == entry.status
-        assert figure == (f"{entry.figures[0]['value']}" if entry.figures else "–")
+def test_the_readmes_table_is_the_manifests():
+    readme = (REPO / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("## Pretrained weights")[2].partition("\n## ")[0]
+    told = {}
+    for row in re.findall(r"^\| `(\w+)` \| (.*) \|$", section, re.MULTILINE):
+        shown, size, classes, *top1 = row[1].split(" | ")
+        for model, value in zip(("videomamba_ti", "videomamba_s", "videomamba_m"), top1, strict=True):
+            if value != "–":
+                told[f"{model}.{row[0]}"] = (shown, size, classes, value)
+    figures = {name: manifest()[name].figures[0] for name in VIDEOMAMBA}
+    assert told == {
+        name: (views(figure), str(manifest()[name].img_size), str(manifest()[name].num_classes), str(figure["value"]))
+        for name, figure in figures.items()
+    }
+
+
+def test_defaults_are_those_that_the_readme_names():
+    for size in SIZES.values():
+        assert find_checkpoint(f"videomamba_{size}").name == f"videomamba_{size}.k400_f8"
+        starts = {name.partition(".")[2] for name in manifest() if name.startswith(f"etmamba_{size}.videomamba_")}
+        at_224 = {n.partition(".")[2] for n in VIDEOMAMBA if re.fullmatch(rf"videomamba_{size}\.k400_f\d+", n)}
+        assert starts == {"videomamba_in1k", *("videomamba_" + tag for tag in at_224)}
+        assert find_checkpoint(f"etmamba_{size}").name == f"etmamba_{size}.videomamba_in1k"
 
 
 def test_meta_models_have_the_positions_that_an_entry_says():

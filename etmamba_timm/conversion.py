@@ -136,6 +136,8 @@ def describe(
             f"{source} is made for a picture that is no square; tell its size, --img-size HEIGHT WIDTH"
         )
     arguments |= {key: found[key] for key in ("patch_size", "in_chans", "d_state", "expand", "d_conv")}
+    if found["block"] != "bimamba" and "blocks.0.mixer.pw.weight" not in state_dict:
+        arguments["folded"] = True
     arguments |= {
         "num_classes": 0 if head is None else len(head),
         "num_frames": 1 if times is None else times.shape[1],  # without times: an image model

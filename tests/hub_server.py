@@ -4,7 +4,7 @@ with HubServer(folder) as hub: ... subprocess with env=hub.environment(home)
 
 `folder` holds org/name/REVISION/files. `hub.requests` is what was asked ("HEAD /org/name/resolve/main/config.json"),
 `hub.faults` what is to go wrong: {"delay": seconds before every answer, "status": of every answer, "truncate": bytes of
-a body that are sent}.
+a body that are sent}. A process sets them for itself by a GET of /faults?JSON.
 """
 
 import base64
@@ -16,6 +16,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 
 def commit_of(revision: Path) -> str:
@@ -80,6 +81,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
+        if self.path.startswith("/faults?"):
+            self.server_hub.faults = json.loads(unquote(self.path.partition("?")[2]))
+            self._send(200, b"")
+            return
         if self._begin():
             return
         if match := re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/([\w.-]+)/(.+)", self.path):

@@ -198,7 +198,10 @@ def _check_tensors(state_dict: Mapping, path: str | Path) -> None:
 
 def _damaged(path: str | Path, error: Exception) -> CheckpointError:
     reason = "it is damaged, or no file of weights"
-    return CheckpointError(f"{path} can't be read as a checkpoint: {reason} ({first_line(error)})")
+    return CheckpointError(
+        f"{path} can't be read as a checkpoint: {reason} ({first_line(error)}); fetch it again, or convert it where it "
+        "was made"
+    )
 
 
 def first_line(error: Exception) -> str:

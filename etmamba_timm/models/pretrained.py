@@ -102,11 +102,11 @@ def find_pretrained(
     elif source.get("source") in ("hf-hub", "local-dir"):
         config = _config_of(source, cache_dir)
     if pretrained:
-        path = _locate(source, entry, cache_dir)
+        path = _locate(source, cache_dir)
         if path is not None:
-            check_readable(path)
             if entry is not None and not _has_source(overlay):
                 verify(path, entry.sha256)
+            check_readable(path)
             overlay.update(file=str(path), source=None)
     warm = entry is not None and entry.status == "warm start"
     model_args = entry.model_args(config) if entry else {}
@@ -164,7 +164,7 @@ def verify(path: str | Path, sha256: str | None) -> None:
         )
 
 
-def _locate(source: Mapping, entry: Checkpoint | None, cache_dir) -> Path | None:
+def _locate(source: Mapping, cache_dir: str | Path | None) -> Path | None:
     """The file of weights that a cfg names, fetched if need be; None where it is for timm to find or to miss."""
     kind = source.get("source")
     if kind == "local-dir":
@@ -188,7 +188,7 @@ def _has_source(overlay: Mapping) -> bool:
     return any(overlay.get(key) for key in ("file", "state_dict", "url", "hf_hub_id", "hf_hub_filename"))
 
 
-def _config_of(source: Mapping, cache_dir) -> dict:
+def _config_of(source: Mapping, cache_dir: str | Path | None) -> dict:
     """The config.json that timm made a cfg of."""
     if source["source"] == "local-dir":
         return read_config(Path(source["file"]))
@@ -197,7 +197,7 @@ def _config_of(source: Mapping, cache_dir) -> dict:
     return read_config(Path(path).parent) if isinstance(path, str) else {}
 
 
-def _fetched_config(entry: Checkpoint, cache_dir) -> dict:
+def _fetched_config(entry: Checkpoint, cache_dir: str | Path | None) -> dict:
     """The config.json on the Hub beside weights that this package saved; {} without."""
     if entry.source.get("file") != WEIGHTS_FILE:
         return {}

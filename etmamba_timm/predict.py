@@ -19,6 +19,8 @@ from torch import Tensor
 from .data import EvalTransform, VideoReader, sample_clips
 from .models import VARIANTS, DownloadError, EtMamba, checkpoint_filter_fn, find_checkpoint, read_checkpoint
 from .models.checkpoint import UNREADABLE, first_line
+from .models.manifest import CONFIG_FILE
+from .models.pretrained import fetch
 
 _logger = logging.getLogger(__name__)
 
@@ -161,7 +163,10 @@ def _over_views(
 
 
 def _from_source(name: str) -> torch.nn.Module:
+    kind, _, repo = name.partition(":")
     try:
+        if kind == "hf-hub":
+            fetch(repo, CONFIG_FILE)  # timm would wait half a minute for a Hub that can't be reached
         return timm.create_model(name, pretrained=True)
     except DownloadError:
         raise

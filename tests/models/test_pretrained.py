@@ -30,10 +30,10 @@ x = torch.ones(1, 3, 2, 32, 32)
 def fault(**faults):
     import os, urllib.parse, urllib.request
     urllib.request.urlopen(os.environ['HF_ENDPOINT'] + '/faults?' + urllib.parse.quote(json.dumps(faults)))
-def attempt(*args, **kwargs):
+def attempt(*args, create=timm.create_model, **kwargs):
     start = time.time()
     try:
-        model = timm.create_model(*args, pretrained=True, **kwargs).eval()
+        model = create(*args, pretrained=True, **kwargs).eval()
     except Exception as error:
         print(f"{type(error).__name__}: {error}", f"[{time.time() - start:.1f}]", sep="\\n")
     else:
@@ -160,12 +160,15 @@ with torch.no_grad():
     assert max(map(float, online[1:])) < 1e-4
     assert hub.files_asked("GET") == [UPSTREAM]
     hub.requests.clear()
-    code += "attempt('videomamba_m.k400_f8')"  # which isn't in the cache
+    code += """attempt('videomamba_m.k400_f8')  # which isn't in the cache
+from etmamba_timm.predict import load_model
+attempt('hf-hub:me/tiny', create=lambda name, **_: load_model(name))"""
     for change in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": f"http://127.0.0.1:{free_port()}"}):
-        *warm, message, seconds = run(code, environment | change)
+        *warm, tag, tag_seconds, source, source_seconds = run(code, environment | change)
         assert warm == online
-        assert_tells(message, "OpenGVLab/VideoMamba/videomamba_m16_k400_f8_res224.pth", environment | change)
-        assert float(seconds.strip("[]")) < 4
+        assert_tells(tag, "OpenGVLab/VideoMamba/videomamba_m16_k400_f8_res224.pth", environment | change)
+        assert_tells(source, "me/tiny/config.json", environment | change)
+        assert max(float(seconds.strip("[]")) for seconds in (tag_seconds, source_seconds)) < 4
     assert hub.requests == []
 
 

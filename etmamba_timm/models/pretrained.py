@@ -5,6 +5,7 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
@@ -110,7 +111,8 @@ def find_pretrained(
             overlay.update(file=str(path), source=None)
     warm = entry is not None and entry.status == "warm start"
     model_args = entry.model_args(config) if entry else {}
-    return Pretrained(entry, cfg, overlay, model_args, config, _warm_filter if warm else _filter)
+    filter_fn = _warm_filter if warm else partial(_filter, entry=entry)
+    return Pretrained(entry, cfg, overlay, model_args, config, filter_fn)
 
 
 def fetch(repo: str, filename: str, cache_dir: str | Path | None = None) -> Path:
@@ -207,8 +209,16 @@ def _fetched_config(entry: Checkpoint, cache_dir: str | Path | None) -> dict:
         return {}
 
 
-def _filter(state_dict: Mapping, model: nn.Module) -> dict[str, Tensor]:
+def _filter(state_dict: Mapping, model: nn.Module, entry: Checkpoint | None = None) -> dict[str, Tensor]:
     try:
+        state_dict = from_videomamba(state_dict)
+        if entry is not None and "pos_embed" in state_dict:
+            times = state_dict.get("temporal_pos_embedding")
+            came = (state_dict["pos_embed"].shape[1] - 1, 1 if times is None else times.shape[1])
+            promised = ((entry.img_size // model.patch_size) ** 2, entry.num_frames)
+            if came != promised:
+                told = "the file has positions of %d patches and %d frames, not %d and %d as %s promises"
+                _logger.warning(told, *came, *promised, entry.name)
         return fit_checkpoint(state_dict, model)
     except TypeError as error:  # timm would call again, with one argument
         raise CheckpointError(f"the checkpoint can't be fitted to the model ({first_line(error)})") from error

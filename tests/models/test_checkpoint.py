@@ -88,7 +88,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, zipped):
 
 @pytest.mark.parametrize("name", ["weights.pth", "model.safetensors"])
 def test_a_bare_pickle_by_either_name_is_refused_and_not_run(tmp_path, name):
-    (tmp_path / name).write_bytes(pickle.dumps(Code(tmp_path / "run")))
+    (tmp_path / name).write_bytes(pickle.dumps(Code(tmp_path / "run"), protocol=2))
     with pytest.raises(CheckpointError, match=f"{name} can't be read as a checkpoint"):
         create(tmp_path / name)
     assert not (tmp_path / "run").exists()

@@ -322,7 +322,7 @@ def test_an_unknown_tag_says_so():
         timm.create_model("videomamba_ti.k401", pretrained=True)
 
 
-def test_a_tag_with_a_file_of_it_at_hand(tmp_path):
+def test_a_tag_with_a_file_of_it_at_hand(tmp_path, caplog):
     """What the tag says of frames and classes holds, and the class names are known."""
     source = timm.create_model("videomamba_ti.k400_f8", img_size=32, embed_dim=16, depth=1).eval()
     save_file(source.state_dict(), tmp_path / "w.safetensors")
@@ -332,7 +332,10 @@ def test_a_tag_with_a_file_of_it_at_hand(tmp_path):
     assert (model.num_frames, model.clip_cfg) == (8, {"num_frames": 8, "stride": None})
     assert model.pretrained_cfg["label_names"][0] == "abseiling"
     assert outputs(model) == outputs(source)
+    assert "has positions of 4 patches and 8 frames, not 196 and 8 as videomamba_ti.k400_f8 promises" in caplog.text
+    caplog.clear()
     unnamed = timm.create_model("videomamba_ti", **kwargs, **small)
+    assert caplog.text == ""
     assert "label_names" not in unnamed.pretrained_cfg
     assert (unnamed.num_frames, unnamed.clip_cfg) == (16, {})
 

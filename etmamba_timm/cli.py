@@ -67,6 +67,26 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--backends", action="store_true", help="tell which scans this machine can run, and why not")
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(run=_info)
+
+    convert = commands.add_parser("convert", help="make a folder in the Hub's layout of a checkpoint")
+    convert.add_argument("source", type=Path, metavar="SOURCE", help="VideoMamba's .pth, one of training, safetensors")
+    convert.add_argument("folder", type=Path, metavar="OUT_DIR", help="a new folder")
+    convert.add_argument("--tag", help="what the manifest calls it (videomamba_m.k400_f8): labels, licence, figures")
+    convert.add_argument("--num-frames", type=_positive, metavar="T", help="resample the temporal positions")
+    convert.add_argument("--img-size", type=_positive, nargs="+", metavar="S", help="resample the spatial positions")
+    convert.add_argument("--dtype", choices=DTYPES, help="of the stored weights (default: their own, float32)")
+    convert.add_argument("--labels", type=Path, metavar="FILE", help="the classes' names, one a line, in order")
+    convert.add_argument("--stride", type=_positive, metavar="N", help="frames from one of a clip to the next")
+    convert.add_argument("--licence", help="e.g. Apache-2.0")
+    convert.set_defaults(run=_convert)
+
+    publish = commands.add_parser("publish", help="check a folder in the Hub's layout, and upload it")
+    publish.add_argument("folder", type=Path, metavar="DIR", help="a folder that `etmamba convert` made")
+    publish.add_argument("repo", metavar="REPO", help="ORG/NAME on the Hub; made if it isn't there")
+    publish.add_argument("--dry-run", action="store_true", help="check, show everything, upload nothing")
+    publish.add_argument("--private", action="store_true", help="make a new repository private")
+    publish.add_argument("--revision", metavar="BRANCH", help="a branch that is there (default main)")
+    publish.set_defaults(run=_publish)
     return parser
 
 
@@ -204,8 +224,51 @@ def _info(args: argparse.Namespace) -> int:
     else:
         print(f"{'model':20}{'params':>9}{'multiply-adds':>15}  weights")
         for row in rows:
-            weights = ", ".join(row["weights"]) or "none"
+            tags = [weights.partition(".")[2] for weights in row["weights"]]
+            weights = ", ".join(tags[:3]) + (f" and {len(tags) - 3} more" if len(tags) > 3 else "") or "none"
             print(f"{row['model']:20}{row['params'] / 1e6:7.2f} M{row['total_macs'] / 1e9:13.1f} G  {weights}")
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    import torch
+
+    from .conversion import convert_checkpoint
+
+    if args.img_size and len(args.img_size) > 2:
+        raise ValueError(f"--img-size is {args.img_size}; give one number, or height and width")
+    size = args.img_size and (args.img_size * 2)[:2]
+    report = convert_checkpoint(
+        args.source,
+        args.folder,
+        tag=args.tag,
+        num_frames=args.num_frames,
+        img_size=tuple(size) if size else None,
+        dtype=getattr(torch, args.dtype) if args.dtype else None,
+        label_names=args.labels.read_text(encoding="utf-8").splitlines() if args.labels else None,
+        stride=args.stride,
+        licence=args.licence,
+    )
+    print(report.text())
+    print(f"written       {args.folder}")
+    return 0
+
+
+def _publish(args: argparse.Namespace) -> int:
+    from .publish import check_folder, check_repo, publish
+
+    check_repo(args.repo)
+    folder = check_folder(args.folder)
+    if not args.dry_run:
+        print(publish(folder, args.repo, private=args.private, revision=args.revision))
+        return 0
+    print(f"{args.repo}, {'private' if args.private else 'public'}, branch {args.revision or 'main'}: would get")
+    print(f"  model.safetensors  {folder.size:,} bytes, sha256 {folder.sha256}")
+    print("  config.json\n  README.md")
+    print("left out: " + (", ".join(folder.left_out) or "nothing"))
+    print("\nREADME.md:\n\n" + folder.card(args.repo))
+    entry = json.dumps({f"{folder.config['architecture']}.TAG": folder.manifest_entry(args.repo)}, indent=2)
+    print("entry for weights/manifest.json:\n\n" + entry)
     return 0
 
 
@@ -246,8 +309,20 @@ def _readable(row: dict) -> dict:
         "parameters": f"{row['params'] / 1e6:.2f} M",
         "multiply-adds": f"{row['total_macs'] / 1e9:.1f} G, {row['scan_macs'] / 1e9:.1f} G of them in the scan",
         "  as VideoMamba": f"{row['videomamba_macs'] / 1e9:.1f} G, without the inner SSM: not the true cost",
-        "weights": ", ".join(row["weights"]) or "none",
+        "weights": ("\n" + " " * 18).join(map(_told, row["weights"])) or "none",
     }
+
+
+def _told(name: str) -> str:
+    """What the manifest says of a checkpoint, in a line."""
+    from .card import views
+    from .models import find_checkpoint
+
+    entry = find_checkpoint(name)
+    if entry.status == "warm start":
+        return f"{name}: a starting point, from {entry.started_from}"
+    figures = [f"{f['dataset']} {f['metric']} {f['value']} ({views(f)}, {f['whose']})" for f in entry.figures]
+    return f"{name}: {', '.join(figures) or 'no figures'}"
 
 
 def _positive(text: str) -> int:

@@ -8,25 +8,19 @@ print(top_classes(model, scores))
 import contextlib
 import logging
 import math
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 
 import timm
 import torch
-from safetensors import SafetensorError
-from timm.models import is_model_pretrained, load_state_dict
+from timm.models import is_model_pretrained
 from torch import Tensor
 
 from .data import EvalTransform, VideoReader, sample_clips
-from .models import VARIANTS, EtMamba, checkpoint_filter_fn
-from .models.convert import from_videomamba
-
-# What reading a file of any content may raise.
-_UNREADABLE = (
-    *(OSError, EOFError, LookupError, AttributeError, TypeError, ValueError, RuntimeError),
-    *(pickle.UnpicklingError, SafetensorError),
-)
+from .models import VARIANTS, DownloadError, EtMamba, checkpoint_filter_fn, find_checkpoint, read_checkpoint
+from .models.checkpoint import UNREADABLE, first_line
+from .models.manifest import CONFIG_FILE
+from .models.pretrained import fetch
 
 _logger = logging.getLogger(__name__)
 
@@ -45,12 +39,12 @@ def load_model(
     Args:
         name: what `timm.create_model` takes: 'etmamba_m', a name with a tag, 'hf-hub:org/name', 'local-dir:folder'.
         checkpoint: weights for that architecture, safetensors or .pth, ours or VideoMamba's. The numbers of classes,
-            frames and channels and the picture size are read off it.
+            frames and channels and the picture size are read off it; class names are those of the name's tag.
         allow_untrained: whether a model without trained weights is made up at random instead of refused.
         need_classifier: whether the classifier must be trained too; not so for features.
 
     Raises:
-        UntrainedError: there are no trained weights, or no trained classifier.
+        UntrainedError: there are no trained weights, or no trained classifier, or they are a mere starting point.
         ValueError: an unknown name, or a checkpoint of another architecture.
         FileNotFoundError: no such checkpoint.
     """
@@ -60,7 +54,14 @@ def load_model(
     if checkpoint is not None:
         model, has_classifier = _from_checkpoint(name, Path(checkpoint))
     else:
-        trained = is_source or is_model_pretrained(name)
+        entry = None if is_source else find_checkpoint(name)
+        warm = entry is not None and entry.status == "warm start"
+        trained = is_source or (is_model_pretrained(name) and not warm)
+        if warm and not allow_untrained:
+            raise UntrainedError(
+                f"{name!r} is a starting point for training (weights of {entry.started_from}), not a classifier: its "
+                "results would be meaningless. Train it and give that checkpoint, or take a trained model"
+            )
         if not trained and not allow_untrained:
             raise UntrainedError(
                 f"{name!r} has no trained weights, so its results would be random. Give a checkpoint, or a model that "
@@ -68,7 +69,8 @@ def load_model(
             )
         if not trained:
             _logger.warning("%s has no trained weights: its results are random", name)
-        model = _from_source(name) if is_source else timm.create_model(name, pretrained=trained)
+        started = warm and "." in name  # a tag is asked for by name; else there is nothing worth a download
+        model = _from_source(name) if is_source else timm.create_model(name, pretrained=trained or started)
         has_classifier = trained and getattr(model, "num_classes", 0) > 0
     if not isinstance(model, EtMamba):
         raise ValueError(f"{name!r} holds a {type(model).__name__}, no video model of this package")
@@ -83,7 +85,8 @@ def predict(
     """Class scores of a video file: softmax, averaged over views (clips × crops).
 
     Args:
-        model: in evaluation mode, with a classifier. Clips of `model.num_frames` frames are sampled at stride 2.
+        model: in evaluation mode, with a classifier. Clips of `model.num_frames` frames are sampled at the stride of
+            its `clip_cfg`, else at 2.
         path: a video file that FFmpeg reads.
         num_clips: clips, spread evenly over the video; a single one stands in its middle.
         num_crops: 1 (centre) or 3 (along the longer side).
@@ -114,14 +117,22 @@ def extract_features(
 def top_classes(model: EtMamba, scores: Tensor, k: int = 5) -> list[dict]:
     """The k best of `scores` [num_classes], best first, as {"label", "index", "score"}.
 
-    Labels are `label_names` of the model's `pretrained_cfg`; without them a class is called by its number.
+    Labels are `label_names` of the model's `pretrained_cfg`; without one for each score, a class is
+    called by its number.
     """
     labels = model.pretrained_cfg.get("label_names") or ()
+    labels = labels if len(labels) == len(scores) else ()
     best = scores.topk(min(k, len(scores)))
     return [
-        {"label": labels[i] if i < len(labels) else f"class {i}", "index": i, "score": score}
+        {"label": labels[i] if labels else f"class {i}", "index": i, "score": score}
         for i, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
+
+
+def clip_stride(model: EtMamba, num_video_frames: int) -> int:
+    """Frames from one of a clip to the next: of the model's `clip_cfg`, by which a clip may span the whole video."""
+    stride = getattr(model, "clip_cfg", {}).get("stride", STRIDE)
+    return max(1, num_video_frames // model.num_frames) if stride is None else stride
 
 
 def _over_views(
@@ -141,7 +152,8 @@ def _over_views(
     video = VideoReader(path)
     results = []
     with torch.inference_mode(), autocast:
-        for indices in sample_clips(video.info.num_frames, model.num_frames, STRIDE, num_clips):
+        total = video.info.num_frames
+        for indices in sample_clips(total, model.num_frames, clip_stride(model, total), num_clips):
             views = transform(video.read(indices), num_crops)
             results.append(function(views.to(weight.device, weight.dtype)).cpu())
     mean = torch.cat(results).mean(0)
@@ -151,32 +163,20 @@ def _over_views(
 
 
 def _from_source(name: str) -> torch.nn.Module:
+    kind, _, repo = name.partition(":")
     try:
+        if kind == "hf-hub":
+            fetch(repo, CONFIG_FILE)  # timm would wait half a minute for a Hub that can't be reached
         return timm.create_model(name, pretrained=True)
-    except _UNREADABLE as error:
-        raise ValueError(f"{name} can't be loaded: {_first_line(error)}") from error
-
-
-def _read_checkpoint(path: Path) -> dict[str, Tensor]:
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    try:
-        state_dict = from_videomamba(load_state_dict(str(path), weights_only=True))
-    except _UNREADABLE as error:
-        reason = "it is damaged, or no file of weights"
-        raise ValueError(f"{path} can't be read as a checkpoint: {reason} ({_first_line(error)})") from error
-    if not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in state_dict.items()):
-        raise ValueError(f"{path} is no checkpoint: it holds other things than named tensors")
-    return state_dict
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+    except DownloadError:
+        raise
+    except UNREADABLE as error:
+        raise ValueError(f"{name} can't be loaded: {first_line(error)}") from error
 
 
 def _from_checkpoint(name: str, path: Path) -> tuple[EtMamba, bool]:
     """The model that a checkpoint's shapes ask for, and whether the checkpoint has its classifier."""
-    state_dict = _read_checkpoint(path)
+    state_dict = read_checkpoint(path)
     patch, head = state_dict.get("patch_embed.proj.weight"), state_dict.get("head.weight")
     positions, times = state_dict.get("pos_embed"), state_dict.get("temporal_pos_embedding")
     for t, ndim, needed in ((patch, 5, True), (positions, 3, True), (times, 3, False), (head, 2, False)):
@@ -202,4 +202,7 @@ def _from_checkpoint(name: str, path: Path) -> tuple[EtMamba, bool]:
     if wrong:
         raise ValueError(f"{path} is no checkpoint of {name!r}: {len(wrong)} weights differ, the first is {wrong[0]}")
     model.load_state_dict(state_dict)
+    entry = find_checkpoint(name) if "." in name else None
+    if entry and entry.is_classifier and entry.num_classes == model.num_classes:
+        model.pretrained_cfg["label_names"] = entry.label_names(entry.config())
     return model, head is not None

@@ -143,8 +143,9 @@ def test_features_of_nothing_write_nothing(trained, folder):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["predict", "good.mp4", "--model", "etmamba_ti"], "has no trained weights"),
-        (["features", "good.mp4", "--model", "etmamba_ti", "-o", "f.safetensors"], "has no trained weights"),
+        (["predict", "good.mp4", "--model", "etmamba_ti_ebs"], "has no trained weights"),
+        (["predict", "good.mp4", "--model", "etmamba_ti"], "is a starting point for training"),
+        (["features", "good.mp4", "--model", "etmamba_ti_ebs", "-o", "f.safetensors"], "has no trained weights"),
         (["predict", "good.mp4", "--model", "resnet999"], "unknown model 'resnet999'"),
         (["predict", "good.mp4", "--model", "etmamba_ti", "--device", "cuda:77"], "device 'cuda:77' can't be used"),
         (["predict", "good.mp4", "--model", "etmamba_ti", "--device", "gpu"], "device 'gpu' can't be used"),
@@ -187,7 +188,7 @@ def test_wrong_usage(argv, capsys):
 
 def test_untrained_when_allowed(folder, monkeypatch, capsys, caplog):
     monkeypatch.chdir(folder)
-    assert main(["predict", "good.mp4", "--model", "videomamba_ti", "--allow-untrained", "--topk", "1"]) == 0
+    assert main(["predict", "good.mp4", "--model", "videomamba_ti_stfp", "--allow-untrained", "--topk", "1"]) == 0
     assert "its results are random" in caplog.text
 
 

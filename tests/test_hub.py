@@ -18,7 +18,8 @@ def hub(tmp_path_factory) -> Path:
     """A TORCH_HOME in which `torch.hub` finds owner/etmamba_timm:main as if it had cloned it."""
     home = tmp_path_factory.mktemp("torch_home")
     clone = home / "hub" / "owner_etmamba_timm_main"
-    shutil.copytree(REPO / "etmamba_timm", clone / "etmamba_timm", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("etmamba_timm", "weights"):
+        shutil.copytree(REPO / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPO / "hubconf.py", clone)
     return home
 
@@ -35,9 +36,9 @@ def in_a_fresh_process(code: str, folder: Path, **environment: str) -> str:
     return done.stdout
 
 
-def test_a_clone_lists_the_models_and_nothing_else(tmp_path, hub):
+def test_a_clone_lists_the_models_and_the_transform_and_nothing_else(tmp_path, hub):
     code = "print(*torch.hub.list('owner/etmamba_timm:main', skip_validation=True, trust_repo=True))"
-    assert set(in_a_fresh_process(code, tmp_path, TORCH_HOME=str(hub)).split()) == set(VARIANTS)
+    assert set(in_a_fresh_process(code, tmp_path, TORCH_HOME=str(hub)).split()) == {*VARIANTS, "eval_transform"}
 
 
 def test_a_clone_loads_and_runs_its_own_copy(tmp_path, hub):

@@ -86,6 +86,20 @@ def test_results_that_are_not_finite_are_refused(model, video):
         predict(model, video)
 
 
+@pytest.mark.parametrize(
+    ("clip", "frames"),
+    [
+        ({}, [16, 18, 20, 22]),
+        ({"stride": 3}, [15, 18, 21, 24]),
+        ({"stride": None}, [4, 14, 24, 34]),  # spread over all 40 frames
+    ],
+)
+def test_frames_are_those_of_the_models_clips(model, video, clip, frames):
+    model.clip_cfg = clip
+    view = EvalTransform(size=(32, 32))(read_frames(video, frames))
+    torch.testing.assert_close(predict(model, video), model(view).softmax(-1)[0])
+
+
 def test_missing_file(model, tmp_path):
     with pytest.raises(VideoError, match="no such file"):
         predict(model, tmp_path / "nothing.mp4")
@@ -93,10 +107,28 @@ def test_missing_file(model, tmp_path):
 
 class TestLoadModel:
     def test_untrained_is_refused_unless_allowed(self, caplog):
-        with pytest.raises(UntrainedError, match="'etmamba_ti' has no trained weights, so its results would be random"):
-            load_model("etmamba_ti")
+        with pytest.raises(
+            UntrainedError, match="'etmamba_ti_ebs' has no trained weights, so its results would be rand"
+        ):
+            load_model("etmamba_ti_ebs")
         assert load_model("etmamba_ti", allow_untrained=True).training is False
         assert "etmamba_ti has no trained weights: its results are random" in caplog.text
+
+    @pytest.mark.parametrize("name", ["etmamba_ti", "etmamba_s.videomamba_k400_f8"])
+    @pytest.mark.parametrize("need_classifier", [True, False])
+    def test_a_starting_point_is_no_classifier(self, name, need_classifier):
+        with pytest.raises(UntrainedError, match=f"'{name}' is a starting point for training .*, not a classifier"):
+            load_model(name, need_classifier=need_classifier)
+
+    def test_class_names_are_those_of_a_tag(self, tmp_path):
+        source = timm.create_model("videomamba_ti", num_classes=400, num_frames=2, img_size=32)
+        save_file(source.state_dict(), tmp_path / "w.safetensors")
+        scores = torch.eye(400)[1]
+        named = load_model("videomamba_ti.k400_f8", tmp_path / "w.safetensors")
+        assert top_classes(named, scores, 1)[0]["label"] == "air drumming"
+        assert top_classes(load_model("videomamba_ti", tmp_path / "w.safetensors"), scores, 1)[0]["label"] == "class 1"
+        scores = torch.eye(7)[1]
+        assert top_classes(named, scores, 1)[0]["label"] == "class 1"  # not of these classes
 
     @pytest.mark.parametrize("form", ["safetensors", "pth"])
     def test_checkpoint_tells_classes_frames_and_size(self, tmp_path, video, form):

@@ -1,25 +1,48 @@
 """The README's Python runs as it stands, and its table is recounted."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import timm
 from videos import write_video
 
-from etmamba_timm.models import VARIANTS, count_cost
+from etmamba_timm.cli import _parser
+from etmamba_timm.models import VARIANTS, count_cost, find_checkpoint
 
 REPO = Path(__file__).parents[1]
 README = (REPO / "README.md").read_text()
+SHELL = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
+NETWORK = "# needs the network\n"
+
+
+@pytest.mark.parametrize("snippet", [s for s in SNIPPETS if not s.startswith(NETWORK)])
 def test_python_runs(snippet, tmp_path, monkeypatch):
     monkeypatch.chdir(REPO if "torch.hub" in snippet else tmp_path)
     if "clip.mp4" in snippet:
         write_video(tmp_path / "clip.mp4", num_frames=40)
     exec(compile(snippet, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("snippet", [s for s in SNIPPETS if s.startswith(NETWORK)])
+def test_what_needs_the_network_names_what_is_there(snippet):
+    compile(snippet, "README.md", "exec")
+    names = re.findall(r'create_model\("([\w.]+)", pretrained=True', snippet)
+    assert names
+    assert set(names) <= set(timm.list_pretrained("*mamba_*")) | set(VARIANTS)
+    assert all(find_checkpoint(name).status in ("published", "warm start") for name in names)
+
+
+def test_commands_are_the_parsers():
+    """Every `etmamba` command line of the README is one that the parser takes."""
+    lines = re.findall(r"^(?:.*&& )?etmamba (.*?)(?: *#.*)?$", "\n".join(SHELL), re.MULTILINE)
+    assert len(lines) > 6
+    for line in lines:
+        assert callable(_parser().parse_args(shlex.split(line)).run)
 
 
 def test_table_of_models():

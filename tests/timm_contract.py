@@ -23,6 +23,7 @@ import etmamba_timm
 LEFT_OUT = {
     "test_model_forward_torchscript": "TorchScript can't compile the choice of the scan's backend",
     "test_model_forward_fx_torchscript": "TorchScript can't compile the choice of the scan's backend",
+    "test_model_load_pretrained": "it fetches every checkpoint from the Hub",
 }
 # Prunes the model at each of its blocks: minutes a name.
 SLOW = {"test_prune_intermediate_layers_contract": "slow, and left out of a quick run (timm's own runs skip it too)"}

@@ -1,10 +1,10 @@
 """The models. Importing this registers them with timm."""
 
 from .backbone import EtMamba
+from .checkpoint import CheckpointError, read_checkpoint
 from .convert import checkpoint_filter_fn
 from .cost import Cost, count_cost
 from .etmamba import (
-    VARIANTS,
     etmamba_m,
     etmamba_m_ebs,
     etmamba_s,
@@ -18,10 +18,17 @@ from .etmamba import (
     videomamba_ti,
     videomamba_ti_stfp,
 )
+from .manifest import Checkpoint, find_checkpoint, manifest
+from .pretrained import DownloadError
+from .save import save_checkpoint
+from .variants import VARIANTS
 
 __all__ = [
     "VARIANTS",
+    "Checkpoint",
+    "CheckpointError",
     "Cost",
+    "DownloadError",
     "EtMamba",
     "checkpoint_filter_fn",
     "count_cost",
@@ -31,6 +38,10 @@ __all__ = [
     "etmamba_s_ebs",
     "etmamba_ti",
     "etmamba_ti_ebs",
+    "find_checkpoint",
+    "manifest",
+    "read_checkpoint",
+    "save_checkpoint",
     "videomamba_m",
     "videomamba_m_stfp",
     "videomamba_s",

@@ -11,26 +11,30 @@ from ..layers import fold_weights, resample_spatial, resample_temporal
 
 _logger = logging.getLogger(__name__)
 
-WRAPPERS = ("model", "module", "state_dict")
+# What is around a state dict, in training checkpoints and by DistributedDataParallel and torch.compile: averages first.
+WRAPPERS = ("state_dict_ema", "model_ema", "model", "module", "model_state", "state_dict", "_orig_mod")
 
 
 def from_videomamba(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """VideoMamba's names -> ours; a state dict that has ours already comes back as it is.
 
     `layers.` becomes `blocks.` and `norm_f.` becomes `norm.`; all else is called the same. A dict around the state
-    dict (`model`, `module`), or one of these before every key, is taken off. A 2-D patch weight [D, C, p, p] becomes
+    dict, or its name before every key, is taken off (see `WRAPPERS`). A 2-D patch weight [D, C, p, p] becomes
     [D, C, 1, p, p].
     """
-    out = {}
-    for key, value in unwrap(state_dict).items():
-        if key.startswith("layers."):
-            key = "blocks." + key.removeprefix("layers.")
-        elif key.startswith("norm_f."):
-            key = "norm." + key.removeprefix("norm_f.")
-        if key == "patch_embed.proj.weight" and value.ndim == 4:
-            value = value.unsqueeze(2)
-        out[key] = value
+    out = {our_name(key): value for key, value in unwrap(state_dict).items()}
+    weight = out.get("patch_embed.proj.weight")
+    if weight is not None and weight.ndim == 4:
+        out["patch_embed.proj.weight"] = weight.unsqueeze(2)
     return out
+
+
+def our_name(key: str) -> str:
+    """What a tensor of VideoMamba is called here; our own names stay."""
+    for theirs, ours in (("layers.", "blocks."), ("norm_f.", "norm.")):
+        if key.startswith(theirs):
+            return ours + key.removeprefix(theirs)
+    return key
 
 
 def unwrap(state_dict: Mapping) -> Mapping[str, Tensor]:
@@ -57,13 +61,30 @@ def adapt_in_chans(weight: Tensor, in_chans: int) -> Tensor:
     return weight[:, torch.arange(in_chans) % channels] * (channels / in_chans)
 
 
+def adapt_stem(weight: Tensor, channels: int) -> Tensor:
+    """A tensor of STFP for another number of channels: the channels repeated in turn, the sums over them rescaled.
+
+    With channels that repeat in turn a whole number of times, the stem gives what it gave, repeated.
+
+    Args:
+        weight: depthwise [C, 1, 3, 3, 3], pointwise [C, C, 1, 1, 1], or a bias or norm [C].
+        channels: 2 or more.
+    """
+    old = weight.shape[0]
+    index = torch.arange(channels) % old
+    weight = weight[index]
+    if weight.ndim > 1 and weight.shape[1] == old > 1:
+        weight = weight[:, index] * (old / channels)
+    return weight
+
+
 def checkpoint_filter_fn(state_dict: Mapping, model) -> dict[str, Tensor]:
     """timm's hook between a checkpoint and `load_state_dict`: names, channels and positions made to fit `model`.
 
     The checkpoint's position grid is what its config.json says (`img_size`), else the model's own where the number
     of positions is the same, else a square. An image checkpoint has no temporal embedding; the model's own stays, as
-    VideoMamba does. The stem is left as it is drawn where channels differ, which is logged, and left out where the
-    model has none for its single channel.
+    VideoMamba does. Patch weights and stem are adapted to other channels; the model's own stem stays, which is logged,
+    where the checkpoint has none for its single channel, and there is none in a model of a single channel.
 
     A folded model folds a checkpoint that isn't.
 
@@ -82,11 +103,12 @@ def checkpoint_filter_fn(state_dict: Mapping, model) -> dict[str, Tensor]:
         source_chans = out[key].shape[1]
         out[key] = adapt_in_chans(out[key], model.in_chans)
         if source_chans != model.in_chans:
-            out = {k: v for k, v in out.items() if not k.startswith("stem.")}
+            stem = {k: v for k, v in out.items() if k.startswith("stem.")}
+            out = {k: v for k, v in out.items() if k not in stem}
             fresh = {k: v for k, v in own.items() if k.startswith("stem.")}
-            if fresh:
-                _logger.warning("the stem is fresh: the checkpoint's is for %d channels", source_chans)
-            out.update(fresh)
+            if fresh and not stem:
+                _logger.warning("the stem is fresh: the checkpoint has none, for its %d channel(s)", source_chans)
+            out.update({k: adapt_stem(stem[k], model.in_chans) if k in stem else v for k, v in fresh.items()})
     if "pos_embed" in out:
         grid = _source_grid(out["pos_embed"].shape[1] - 1, model)
         out["pos_embed"] = resample_spatial(out["pos_embed"], grid, model.grid_size)

@@ -4,24 +4,11 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from .backbone import EtMamba
-from .convert import checkpoint_filter_fn
-
-SIZES = {
-    "ti": {"embed_dim": 192, "depth": 24},
-    "s": {"embed_dim": 384, "depth": 24},
-    "m": {"embed_dim": 576, "depth": 32},
-}
-# The rows of the paper's Table 5, by the suffixes around the size.
-ROWS = {
-    "videomamba_{}": {"stem": "none", "block": "bimamba"},  # (a)
-    "videomamba_{}_stfp": {"stem": "stfp", "block": "bimamba"},  # (b)
-    "etmamba_{}_ebs": {"stem": "stfp", "block": "ebs"},  # (c)
-    "etmamba_{}": {"stem": "stfp", "block": "stcm"},  # (d)
-}
-VARIANTS = {row.format(size): {**SIZES[size], **ROWS[row]} for row in ROWS for size in SIZES}
+from .pretrained import find_pretrained, registered_cfgs
+from .variants import VARIANTS
 
 
-def _cfg(**kwargs) -> dict:
+def _cfg() -> dict:
     return {
         "num_classes": 400,
         "input_size": (3, 224, 224),
@@ -32,22 +19,30 @@ def _cfg(**kwargs) -> dict:
         "std": IMAGENET_DEFAULT_STD,
         "first_conv": "patch_embed.proj",
         "classifier": "head",
-        **kwargs,
     }
 
 
-default_cfgs = generate_default_cfgs({name: _cfg() for name in VARIANTS})
+default_cfgs = generate_default_cfgs(registered_cfgs(_cfg(), tuple(VARIANTS)))
 
 
-def _create(variant: str, pretrained: bool, **kwargs) -> EtMamba:
-    return build_model_with_cfg(
+def _create(
+    variant: str, pretrained: bool, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs
+) -> EtMamba:
+    weights = find_pretrained(variant, pretrained, _cfg(), pretrained_cfg, pretrained_cfg_overlay, cache_dir)
+    kwargs.setdefault("pretrained_model_args", weights.model_args)
+    model = build_model_with_cfg(
         EtMamba,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_cfg=weights.cfg,
+        pretrained_cfg_overlay=weights.overlay,
+        pretrained_filter_fn=weights.filter_fn,
         feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-        **{**VARIANTS[variant], **kwargs},
+        cache_dir=cache_dir,
+        **{**VARIANTS[variant], **weights.model_args, **kwargs},
     )
+    weights.describe(model, pretrained, kwargs)
+    return model
 
 
 _ARGUMENTS = """

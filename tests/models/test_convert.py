@@ -9,8 +9,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from etmamba_timm.layers import STEMS
 from etmamba_timm.models import checkpoint_filter_fn
-from etmamba_timm.models.convert import adapt_in_chans, from_videomamba, unwrap
+from etmamba_timm.models.convert import adapt_in_chans, adapt_stem, from_videomamba, unwrap
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "videomamba_small_f4.safetensors"
 
@@ -99,11 +100,14 @@ def test_other_channels_keep_all_but_the_stem(in_chans):
     assert torch.equal(model.blocks[0].fusion.weight, source.blocks[0].fusion.weight)
 
 
-def test_a_fresh_stem_is_told(caplog):
-    kwargs = {"img_size": 32, "num_frames": 2, "embed_dim": 16, "depth": 1, "num_classes": 5}
-    weights = timm.create_model("etmamba_ti", **kwargs).state_dict()
-    checkpoint_filter_fn(weights, timm.create_model("etmamba_ti", in_chans=4, **kwargs))
-    assert "the stem is fresh: the checkpoint's is for 3 channels" in caplog.text
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_stem_for_repeated_channels_repeats_what_it_gave(times):
+    stem = STEMS["stfp"](3)
+    adapted = STEMS["stfp"](3 * times)
+    adapted.load_state_dict({k: adapt_stem(v, 3 * times) for k, v in stem.state_dict().items()})
+    x = torch.randn(2, 3, 3, 8, 8)
+    repeated = [1, times, 1, 1, 1]
+    torch.testing.assert_close(adapted(x.repeat(repeated)), stem(x).repeat(repeated))
 
 
 class TestGridsThatAreNoSquare:

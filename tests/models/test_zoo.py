@@ -40,10 +40,11 @@ def test_parameter_counts(name):
     assert (model.num_classes, model.num_frames, model.num_features) == (400, 16, model.embed_dim)
 
 
-def test_without_weights_pretrained_is_an_error():
-    assert timm.list_pretrained("etmamba*") == []
-    with pytest.raises(RuntimeError, match="No pretrained weights exist for etmamba_ti"):
-        timm.create_model("etmamba_ti", pretrained=True, **SMALL)
+@pytest.mark.parametrize("name", ["etmamba_ti_ebs", "etmamba_m_ebs", "videomamba_s_stfp"])
+def test_without_weights_pretrained_is_an_error(name):
+    assert timm.list_pretrained(name + "*") == []
+    with pytest.raises(RuntimeError, match=f"No pretrained weights exist for {name}"):
+        timm.create_model(name, pretrained=True, **SMALL)
 
 
 @pytest.mark.parametrize(

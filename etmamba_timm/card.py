@@ -1,0 +1,87 @@
+"""The model card of a checkpoint: README.md of its Hub repository, from its config.json."""
+
+from collections.abc import Mapping
+
+# Licences that the Hub has a name for.
+KNOWN_LICENCES = {"Apache-2.0": "apache-2.0", "MIT": "mit", "CC-BY-4.0": "cc-by-4.0", "CC-BY-NC-4.0": "cc-by-nc-4.0"}
+
+
+def model_card(title: str, config: Mapping, params: int, dtype: str, model_id: str | None = None) -> str:
+    """The text of a model card.
+
+    Args:
+        title: its heading.
+        config: the config.json; blocks `clip`, `label_names` and `card` are heeded.
+        params: the model's parameters, counted.
+        dtype: that most weights are stored in.
+        model_id: what `timm.create_model` takes; None for a placeholder.
+    """
+    card, clip = config.get("card", {}), config.get("clip", {})
+    cfg = config["pretrained_cfg"]
+    size = config.get("model_args", {}).get("img_size") or cfg["input_size"][1:]
+    height, width = (size, size) if isinstance(size, int) else size
+    licence = card.get("licence") or cfg.get("license")
+    rows = {
+        "Architecture": f"`{config['architecture']}` of etmamba_timm",
+        "Parameters": f"{params:,}, counted; stored in {dtype}",
+        "Clip": f"{clip.get('num_frames', '?')} frames of {height}×{width}, {_sampling(clip)}",
+        "Classes": config["num_classes"] or "none: features alone",
+        "Source": card.get("source"),
+        "Licence": licence or "not stated",
+    }
+    parts = [_front_matter(licence), f"# {title}\n"]
+    parts.append("".join(f"- {name}: {value}\n" for name, value in rows.items() if value is not None))
+    parts.append(_usage(model_id or "local-dir:FOLDER"))
+    if card.get("recipe"):
+        parts.append("## Recipe\n\n" + _listed(card["recipe"]))
+    parts.append("## Figures\n\n" + (_figures(card["figures"]) if card.get("figures") else "None were measured.\n"))
+    if config.get("label_names"):
+        parts.append(f"## Classes\n\n{', '.join(map(str, config['label_names']))}\n")
+    if card.get("notes"):
+        parts.append(f"## Notes\n\n{card['notes']}\n")
+    return "\n".join(parts)
+
+
+def _front_matter(licence: str | None) -> str:
+    known = KNOWN_LICENCES.get(licence)
+    lines = ["---", "library_name: timm", "pipeline_tag: video-classification"]
+    lines += ["tags:", "- video-classification", "- timm", "- etmamba_timm"]
+    if known:
+        lines.append(f"license: {known}")
+    elif licence:
+        lines += ["license: other", "license_name: see-this-card"]  # the Hub takes no words here
+    return "\n".join([*lines, "---"]) + "\n"
+
+
+def _sampling(clip: Mapping) -> str:
+    if "stride" not in clip:
+        return "at a stride that isn't stated"
+    return "spread over the whole video" if clip["stride"] is None else f"{clip['stride']} apart"
+
+
+def _usage(model_id: str) -> str:
+    return (
+        "## Use\n\n```python\nimport timm\nimport etmamba_timm  # registers the models\n\n"
+        f'model = timm.create_model("{model_id}", pretrained=True).eval()\n```\n'
+    )
+
+
+def _listed(recipe: Mapping | str) -> str:
+    if isinstance(recipe, str):
+        return recipe + "\n"
+    return "".join(f"- {key}: {value}\n" for key, value in recipe.items())
+
+
+def _figures(figures: list[Mapping]) -> str:
+    lines = ["| data | metric | value | views | whose |", "|---|---|---|---|---|"]
+    for figure in figures:
+        lines.append(
+            f"| {figure['dataset']} | {figure['metric']} | {figure['value']} | {views(figure)} | {figure['whose']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def views(figure: Mapping) -> str:
+    """How a figure was measured: frames × crops × clips, or 'image'."""
+    shown = figure.get("views")
+    return f"{shown['frames']}×{shown['crops']}×{shown['clips']}" if shown else "image"

@@ -1,0 +1,154 @@
+"""What checkpoints there are: `weights/manifest.json`. The registry reads it, so that adding weights is adding data."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1]
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+STATUSES = ("published", "local", "warm start")
+_DATA = ("input_size", "mean", "std", "interpolation", "crop_pct")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An entry of the manifest.
+
+    Attributes:
+        name: architecture and tag, 'videomamba_m.k400_f8'.
+        architecture: the registered name of the model.
+        status: 'published' on the Hub, 'local' (a folder in `weights/`), or 'warm start': weights of another
+            architecture that a fresh model starts from, and no classifier.
+        source: {"repo", "file"} and perhaps "revision" on the Hub, or {"folder"} in `weights/`.
+        sha256, size: of the file, in hexadecimal digits and bytes; None where they aren't known.
+        licence: in words.
+        num_frames: of the clips it was trained on; 1 for images.
+        img_size: their height and width, in pixels.
+        num_classes: of its classifier; None without one.
+        labels: where its class names are, a key of `LABELS` or 'config.json' beside its weights; None where they
+            aren't known.
+        stride: frames from one of a clip to the next; None where they are spread evenly over the whole video.
+        trained_on, started_from: data set, and what came before.
+        figures: [{"dataset", "metric", "value", "views", "whose"}], views {"frames", "crops", "clips"} or None.
+        note: what else is worth knowing.
+    """
+
+    name: str
+    architecture: str
+    status: str
+    source: dict
+    sha256: str | None
+    size: int | None
+    licence: str
+    num_frames: int
+    img_size: int
+    num_classes: int | None
+    labels: str | None
+    stride: int | None
+    trained_on: str | None
+    started_from: str | None
+    figures: list = field(default_factory=list)
+    note: str | None = None
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder in `weights/` of a local checkpoint."""
+        return weights_folder() / self.source["folder"] if "folder" in self.source else None
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether its classes mean something; not so of a warm start."""
+        return self.status != "warm start" and bool(self.num_classes)
+
+    def config(self) -> dict:
+        """The config.json of a local checkpoint; {} for one that isn't there, or on the Hub."""
+        return read_config(self.folder) if self.folder else {}
+
+    def model_args(self, config: Mapping) -> dict:
+        """Constructor arguments that it asks for, beside its architecture's own; `config` is its config.json, or {}."""
+        return {"num_frames": self.num_frames, "img_size": self.img_size} | config.get("model_args", {})
+
+    def label_names(self, config: Mapping) -> tuple[str, ...] | None:
+        """Its class names, in order; `config` is its config.json, or {}."""
+        if self.labels == CONFIG_FILE:
+            return tuple(config.get("label_names", ())) or None
+        return label_names(self.labels)
+
+    def cfg(self) -> dict:
+        """What timm's PretrainedCfg is to know of it. Without a source, timm doesn't list it as pretrained."""
+        cfg = {"license": self.licence, "input_size": (3, self.img_size, self.img_size)}
+        if self.is_classifier:
+            cfg["num_classes"] = self.num_classes
+        if self.folder is None:
+            revision = self.source.get("revision")
+            cfg["hf_hub_id"] = self.source["repo"] + (f"@{revision}" if revision else "")
+            cfg["hf_hub_filename"] = self.source["file"]
+        else:
+            cfg |= saved_cfg(self.config())
+            if (self.folder / WEIGHTS_FILE).is_file():
+                cfg["file"] = str(self.folder / WEIGHTS_FILE)
+        return cfg
+
+
+def weights_folder() -> Path:
+    """The folder `weights/`: within the package where it is installed, beside it in a clone.
+
+    Raises:
+        RuntimeError: neither has it.
+    """
+    for folder in (PACKAGE / "weights", PACKAGE.parent / "weights"):
+        if (folder / "manifest.json").is_file():
+            return folder
+    raise RuntimeError(f"weights/manifest.json is neither in {PACKAGE} nor beside it: install the package again")
+
+
+@cache
+def manifest() -> dict[str, Checkpoint]:
+    """The checkpoints by name; the first one of an architecture is its default."""
+    entries = json.loads((weights_folder() / "manifest.json").read_text(encoding="utf-8"))
+    return {name: Checkpoint(name, **entry) for name, entry in entries.items()}
+
+
+def find_checkpoint(name: str) -> Checkpoint | None:
+    """The checkpoint that a name with a tag stands for, or the default one of a name without; None without any."""
+    if "." in name:
+        return manifest().get(name)
+    return next((entry for entry in manifest().values() if entry.architecture == name), None)
+
+
+def saved_cfg(config: Mapping) -> dict:
+    """What a config.json says of the data that its weights take, for timm's PretrainedCfg."""
+    saved = config.get("pretrained_cfg", {})
+    return {key: _tuple(saved[key]) for key in _DATA if key in saved}
+
+
+def read_config(folder: Path) -> dict:
+    """The config.json of a folder in the Hub's layout; {} without one."""
+    path = Path(folder) / CONFIG_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def label_names(labels: str | None) -> tuple[str, ...] | None:
+    """The class names of a data set in `LABELS`, as torchvision carries them; None for None."""
+    return None if labels is None else tuple(LABELS[labels]())
+
+
+def _kinetics400() -> list[str]:
+    from torchvision.models.video import R3D_18_Weights
+
+    return R3D_18_Weights.KINETICS400_V1.meta["categories"]
+
+
+def _imagenet1k() -> list[str]:
+    from torchvision.models import ResNet18_Weights
+
+    return ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
+
+
+LABELS = {"kinetics400": _kinetics400, "imagenet1k": _imagenet1k}
+
+
+def _tuple(value):
+    return tuple(value) if isinstance(value, list) else value

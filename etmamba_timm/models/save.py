@@ -1,0 +1,94 @@
+"""A model into a folder in the Hub's layout: model.safetensors and config.json."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from timm.models._hub import save_config_for_hf
+from torch import Tensor, nn
+
+from .manifest import CONFIG_FILE, WEIGHTS_FILE
+
+# Few, and used in float32 in any model: halving them would cost accuracy and save nothing.
+KEPT_IN_FLOAT32 = ("A_log", "A_b_log", "D", "D_b", "dt_proj.bias", "dt_proj_b.bias")
+
+
+def save_checkpoint(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    label_names: Sequence[str] | None = None,
+    clip: Mapping | None = None,
+    card: Mapping | None = None,
+    readme: Callable[[dict], str] | None = None,
+) -> None:
+    """Writes a model to a new folder, whole or not at all; `timm.create_model("local-dir:FOLDER")` reads it.
+
+    Args:
+        model: one that timm or an entry point built; its constructor arguments go to `model_args` of config.json.
+        folder: a path where nothing is yet, or an empty folder.
+        dtype: of the weights in the file, but for those that the scan uses in float32; None for their own. In float32
+            they come back bit by bit.
+        label_names: the classes' names, in order; None for those of the model's `pretrained_cfg`.
+        clip: settings of the clips, {"stride"}: frames from one to the next, None for spread over the whole video;
+            None for the model's `clip_cfg`.
+        card: what a model card needs, {"licence", "source", "recipe", "figures", "notes"}, all optional.
+        readme: the text of README.md for what config.json holds; None for no such file.
+
+    Raises:
+        FileExistsError: the folder isn't empty.
+        ValueError: names for another number of classes, weights that aren't finite in `dtype`.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is there already; name another folder, or remove it")
+    names = list(label_names or model.pretrained_cfg.get("label_names") or ())
+    if names and len(names) != model.num_classes:
+        raise ValueError(f"there are {len(names)} label names for {model.num_classes} classes; give one for each")
+    clip = dict(getattr(model, "clip_cfg", {}) if clip is None else clip) | {"num_frames": model.num_frames}
+    blocks = {"clip": clip} | ({"label_names": names} if names else {}) | ({"card": dict(card)} if card else {})
+    tensors = stored_tensors(model.state_dict(), dtype)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        save_file(tensors, draft / WEIGHTS_FILE, metadata={"format": "pt"})
+        data = {"input_size": (model.in_chans, *model.img_size)}
+        save_config_for_hf(model, str(draft / CONFIG_FILE), model_config=blocks, data_config=data)
+        config = json.loads((draft / CONFIG_FILE).read_text(encoding="utf-8"))
+        config["pretrained_cfg"].pop("label_names", None)  # they stand at the root
+        (draft / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if readme is not None:
+            (draft / "README.md").write_text(readme(config), encoding="utf-8")
+        draft.chmod(0o777 & ~_umask())
+        os.replace(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def stored_tensors(state_dict: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The weights as they are stored: on the CPU, in `dtype` but for `KEPT_IN_FLOAT32`.
+
+    Raises:
+        ValueError: a weight isn't finite, in `dtype` or anyway.
+    """
+    out = {}
+    for key, value in state_dict.items():
+        keep = dtype is None or key.endswith(tuple("." + name for name in KEPT_IN_FLOAT32))
+        out[key] = value.detach().cpu().to(value.dtype if keep else dtype).contiguous()
+        if not out[key].isfinite().all():
+            if value.isfinite().all():
+                raise ValueError(f"{key} is too large for {dtype}; store it in bfloat16 or float32")
+            raise ValueError(f"{key} holds NaN or infinity; its training went wrong, save an earlier model")
+    return out
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

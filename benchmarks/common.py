@@ -12,13 +12,18 @@ from pathlib import Path
 import torch
 
 
-def in_turn(runs: int, **functions: Callable[[], object]) -> dict[str, list[float]]:
-    """Seconds of each of `runs` calls of each function, in turn after a warm-up: drift meets all alike."""
+def in_turn(runs: int, settle: bool = False, **functions: Callable[[], object]) -> dict[str, list[float]]:
+    """Seconds of each of `runs` calls of each function, in turn after a warm-up: drift meets all alike.
+
+    With `settle` each is called once unmeasured in its turn, so that none pays for the memory that the last one left.
+    """
     for function in functions.values():
         function()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(runs):
         for name, function in functions.items():
+            if settle:
+                function()
             start = time.perf_counter()
             function()
             seconds[name].append(time.perf_counter() - start)

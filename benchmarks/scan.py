@@ -84,7 +84,7 @@ for name, scan in scans.items():
 for what, wrap in (("forward", forward), ("forward + backward", both)):
     # The reference's backward takes minutes and many gigabytes.
     timed = {name: wrap(scan) for name, scan in scans.items() if not (wrap is both and scan is mamba_ssm_ref)}
-    seconds = in_turn(args.runs, **timed)
+    seconds = in_turn(args.runs, settle=True, **timed)
     for name, values in seconds.items():
         ratio = sorted(v / o for v, o in zip(values, seconds["ours"], strict=True))[len(values) // 2]
         shape = {"batch": B, "width": D, "length": L, "state": N}

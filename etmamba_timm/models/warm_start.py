@@ -20,6 +20,7 @@ from ..layers.ssm import conv_silu, ssm
 from ..ops import selective_scan
 from .backbone import EtMamba
 from .convert import adapt_in_chans, checkpoint_filter_fn, from_videomamba
+from .variants import SIZES
 
 _logger = logging.getLogger(__name__)
 
@@ -202,8 +203,6 @@ def _videomamba(given: dict[str, Tensor], model: EtMamba) -> EtMamba:
 
 def _named(size: dict[str, int]) -> str:
     """'embed_dim 384 and depth 24 (VideoMamba-S)'."""
-    from .etmamba import SIZES  # which may come to import this module
-
     name = next((f" (VideoMamba-{name.title()})" for name, known in SIZES.items() if known == size), "")
     return f"embed_dim {size['embed_dim']} and depth {size['depth']}{name}"
 

@@ -1,6 +1,6 @@
 """Where a training step of ETMamba-Ti spends its time: 8 clips of 8×112². See README.md.
 
-python benchmarks/training_step.py [--threads 2] [--runs 5] [--dtype float32]
+python benchmarks/training_step.py [--threads 2] [--runs 5] [--dtype float32 bfloat16]
 """
 
 import argparse
@@ -10,7 +10,7 @@ import time
 import timm
 import torch
 import torch.nn.functional as F
-from common import write
+from common import spread, write
 from torch import nn
 
 import etmamba_timm  # noqa: F401 (registers the models)
@@ -52,21 +52,15 @@ def operator_share(model, clips, labels, dtype, name: str) -> float:
     return sum(e.self_cpu_time_total for e in profile.key_averages() if name in e.key) / 1e6
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--dtype", default="float32")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+def measure(dtype: torch.dtype, runs: int) -> list[dict]:
+    """The parts' shares of a step, and the step's time."""
     torch.manual_seed(0)
-    dtype = getattr(torch, args.dtype)
     model = timm.create_model("etmamba_ti", img_size=112, num_frames=8, num_classes=10).train()
     clips, labels = torch.randn(CLIPS).requires_grad_(), torch.randint(10, CLIPS[:1])
     step(model, clips, labels, dtype)
     shares: dict[str, list[float]] = {"scan": [], "STFP": [], "local branch": []}
     totals = []
-    for _ in range(args.runs):
+    for _ in range(runs):
         start = time.perf_counter()
         step(model, clips, labels, dtype)
         totals.append(time.perf_counter() - start)
@@ -76,7 +70,7 @@ def main() -> None:
         for name, kind in (("STFP", Stfp), ("local branch", LocalBranch)):
             if isinstance(module, kind):
                 clocks[name].watch(module)
-    for _ in range(args.runs):
+    for _ in range(runs):
         for clock in clocks.values():
             clock.seconds = 0.0
         start = time.perf_counter()
@@ -84,11 +78,19 @@ def main() -> None:
         total = time.perf_counter() - start
         for name, clock in clocks.items():
             shares[name].append(clock.seconds / total)
-    rows = [
-        {"part": name, "dtype": args.dtype, "share_of_step": round(statistics.median(values), 3)}
-        for name, values in shares.items()
-    ]
-    rows.append({"part": "whole step", "dtype": args.dtype, "median_ms": round(statistics.median(totals) * 1e3, 1)})
+    named = {"dtype": str(dtype).removeprefix("torch.")}
+    rows = [{"part": k} | named | {"share_of_step": round(statistics.median(v), 3)} for k, v in shares.items()]
+    return [*rows, {"part": "whole step"} | named | spread(totals)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows = [row for dtype in args.dtype for row in measure(getattr(torch, dtype), args.runs)]
     for row in rows:
         print(row)
     write("training_step", rows)

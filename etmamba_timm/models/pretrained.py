@@ -18,6 +18,7 @@ from .backbone import EtMamba
 from .checkpoint import CheckpointError, check_complete, check_readable, first_line, fit_checkpoint
 from .convert import from_videomamba
 from .manifest import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, find_checkpoint, manifest, read_config, saved_cfg
+from .warm_start import warm_start
 
 _logger = logging.getLogger(__name__)
 
@@ -229,8 +230,8 @@ def _warm_filter(state_dict: Mapping, model: nn.Module) -> dict[str, Tensor]:
     state_dict = from_videomamba(state_dict)
     if not any(key.endswith(".A_b_log") for key in state_dict):
         return _filter(state_dict, model)
-    from .warm_start import warm_start
-
+    if model.folded:
+        raise CheckpointError("VideoMamba's weights start an unfolded model: leave folded=True out, then call fold()")
     try:
         out = warm_start(state_dict, model)
         check_complete(out, model)

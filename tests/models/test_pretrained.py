@@ -342,17 +342,18 @@ def test_a_tag_with_a_file_of_it_at_hand(tmp_path, caplog):
 
 def test_a_tag_that_starts_from_videomamba(hub, tmp_path):
     """VideoMamba's checkpoint by a tag of ETMamba; ETMamba's own weights, by the same tag, stay as they are."""
-    pytest.importorskip("etmamba_timm.models.warm_start")
     code = f"""
 small = {golden_config()!r}
 model = attempt('etmamba_ti.videomamba_k400_f8', **small)
 print(bool(model.blocks[0].fusion.weight[:, small['embed_dim']:].any()), 'label_names' in model.pretrained_cfg)
 torch.save(model.state_dict(), 'own.pth')
 attempt('etmamba_ti.videomamba_k400_f8', pretrained_cfg_overlay=dict(file='own.pth'), **small)
+attempt('etmamba_ti.videomamba_k400_f8', folded=True, **small)
 """
-    started, told, own = run(code, hub.environment(tmp_path))
+    started, told, own, folded, _ = run(code, hub.environment(tmp_path))
     assert told == "False False"  # Fuse starts as [I | 0]
     assert own == started
+    assert "leave folded=True out, then call fold()" in folded
     assert hub.files_asked("GET") == [UPSTREAM]
 
 

@@ -53,3 +53,11 @@ def test_table_of_models():
         expected = [f"{cost.params / 1e6:.2f} M"]
         expected += [f"{macs / 1e9:.1f} G" for macs in (cost.total_macs, cost.scan_macs, cost.videomamba_macs)]
         assert row.split(" | ")[2:] == expected
+
+
+def test_table_of_folded_models():
+    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) M \| ([\d.]+) G \|$", README, re.MULTILINE)
+    assert len(rows) == 3
+    for name, params, macs in rows:
+        cost = count_cost(timm.create_model(name, device="meta", folded=True))
+        assert (f"{cost.params / 1e6:.2f}", f"{cost.macs / 1e9:.1f}") == (params, macs)

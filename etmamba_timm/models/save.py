@@ -65,6 +65,7 @@ def save_checkpoint(
         (draft / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if readme is not None:
             (draft / "README.md").write_text(readme(config), encoding="utf-8")
+        (draft / WEIGHTS_FILE).chmod(0o666 & ~_umask())  # safetensors lets nobody else read it
         draft.chmod(0o777 & ~_umask())
         os.replace(draft, folder)
     finally:

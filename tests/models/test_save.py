@@ -1,6 +1,7 @@
 """A model into the Hub's layout and back."""
 
 import json
+import os
 
 import pytest
 import timm
@@ -31,6 +32,29 @@ def test_float32_comes_back_bit_by_bit(name, tmp_path):
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in again.state_dict().items())
     x = torch.randn(1, 3, 2, 32, 32)
     assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no such modes")
+def test_files_are_readable_as_the_umask_has_it(model, tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_checkpoint(model, tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o640}
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("name", ["etmamba_ti", "etmamba_ti_ebs"])
+def test_the_folded_form_goes_round(name, folded, tmp_path):
+    model = timm.create_model(name, **SMALL, folded=folded).eval()
+    save_checkpoint(model, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_args"].get("folded", False) == folded
+    again = loaded(tmp_path / "out", num_classes=3)
+    assert again.folded == folded
+    assert again(torch.randn(1, 3, 2, 32, 32)).shape == (1, 3)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2**-11), (torch.bfloat16, 2**-8)])

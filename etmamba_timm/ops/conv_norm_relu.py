@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .library import DTYPES, library, pointer, state_dtype, takes
+from .library import DTYPES, check_shapes, library, pointer, state_dtype, takes
 
 
 def conv_norm_relu(
@@ -29,7 +29,21 @@ def conv_norm_relu(
         residual: as x; or None.
 
     Returns: [B, C, T, H, W].
+
+    Raises:
+        ValueError: shapes that don't fit.
     """
+    channels = x.shape[1]
+    check_shapes(
+        *zip(
+            ("depthwise weight", "depthwise bias"), depthwise or (), ((channels, 1, 3, 3, 3), (channels,)), strict=False
+        ),
+        *zip(
+            ("pointwise weight", "pointwise bias"), pointwise, ((channels, channels, 1, 1, 1), (channels,)), strict=True
+        ),
+        *zip(("norm weight", "norm bias"), norm, ((channels,), (channels,)), strict=True),
+        ("residual", residual, tuple(x.shape)),
+    )
     parameters = (*(depthwise or ()), *pointwise, *norm)
     if takes(x, residual, *parameters) and (residual is None or residual.dtype == x.dtype):
         flat = torch.cat([p.flatten() for p in parameters]).to(state_dtype(x.dtype))

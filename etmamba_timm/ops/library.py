@@ -75,6 +75,13 @@ def has_tangent(*tensors: Tensor | None) -> bool:
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
+def check_shapes(*expected: tuple[str, Tensor | None, tuple[int, ...]]) -> None:
+    """Raises ValueError for a tensor of another shape; (name, tensor or None, shape) each. The kernels trust shapes."""
+    for name, tensor, shape in expected:
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}; it must be {shape}")
+
+
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums are kept in: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)

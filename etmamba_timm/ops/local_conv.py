@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .library import DTYPES, Strided, library, state_dtype, strided, takes
+from .library import DTYPES, Strided, check_shapes, library, state_dtype, strided, takes
 
 SIDES = (3, 5, 7)  # of the kernels, dilated by 1, 2 and 3
 
@@ -27,8 +27,18 @@ def local_conv(
 
     Returns: [B, 1 + t·h·w, 4C], in float32 at least.
 
+    Raises:
+        ValueError: shapes that don't fit.
+
     Source: paper 3.4.
     """
+    (batch, tokens, channels), (t, h, w) = x.shape, grid
+    check_shapes(
+        ("x", x, (batch, 1 + t * h * w, channels)),
+        ("residual", residual, (batch, tokens, 4 * channels)),
+        *((f"weights[{i}]", weights[i], (channels, 1, side, side)) for i, side in enumerate(SIDES)),
+        *((f"biases[{i}]", biases[i], (channels,)) for i in range(len(SIDES))),
+    )
     dtype = state_dtype(residual.dtype)
     residual = residual.to(dtype)
     if takes(x, residual, *weights, *biases) and state_dtype(x.dtype) == dtype:

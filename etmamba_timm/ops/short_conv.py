@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .library import DTYPES, Strided, library, state_dtype, strided, takes
+from .library import DTYPES, Strided, check_shapes, library, state_dtype, strided, takes
 
 
 def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, reverse: bool = False) -> Tensor:
@@ -21,9 +21,14 @@ def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, reverse: b
         reverse: whether [B, N, E] is convolved from the last step to the first.
 
     Returns: as x, contiguous.
+
+    Raises:
+        ValueError: shapes that don't fit.
     """
     if x.ndim != 3 and (x.ndim != 4 or x.shape[0] != 2):
         raise ValueError(f"x is {tuple(x.shape)}; it must be [B, N, E], or [2, B, N, E] for both directions")
+    width = x.shape[-1]
+    check_shapes(("weight", weight, (width, 1, weight.shape[-1])), ("bias", bias, (width,)))
     if not takes(x, weight, bias):
         return _plain(x, weight, bias, reverse)
     dtype = state_dtype(x.dtype)

@@ -179,3 +179,19 @@ def test_threads_do_not_change_the_result():
 def test_shapes_that_do_not_fit():
     with pytest.raises(ValueError, match=r"x is \(3, 2, 5, 4\); it must be \[B, N, E\], or \[2, B, N, E\]"):
         short_conv(randn(3, 2, 5, 4), randn(4, 1, 4), randn(4))
+    with pytest.raises(ValueError, match=r"weight is \(3, 1, 4\); it must be \(4, 1, 4\)"):
+        short_conv(randn(2, 5, 4), randn(3, 1, 4), randn(4))
+    with pytest.raises(ValueError, match=r"bias is \(1,\); it must be \(4,\)"):
+        short_conv(randn(2, 5, 4), randn(4, 1, 4), randn(1))
+    weights, biases = [randn(3, 1, k, k) for k in (3, 5, 7)], [randn(3)] * 3
+    with pytest.raises(ValueError, match=r"x is \(2, 12, 3\); it must be \(2, 13, 3\)"):
+        local_conv(randn(2, 12, 3), randn(2, 12, 12), weights, biases, (3, 2, 2))
+    with pytest.raises(ValueError, match=r"residual is \(2, 13, 3\); it must be \(2, 13, 12\)"):
+        local_conv(randn(2, 13, 3), randn(2, 13, 3), weights, biases, (3, 2, 2))
+    with pytest.raises(ValueError, match=r"weights\[0\] is \(3, 1, 7, 7\); it must be \(3, 1, 3, 3\)"):
+        local_conv(randn(2, 13, 3), randn(2, 13, 12), weights[::-1], biases, (3, 2, 2))
+    mix, norm = (randn(3, 3, 1, 1, 1), randn(3)), (randn(3), randn(3))
+    with pytest.raises(ValueError, match=r"pointwise weight is \(3, 3, 1, 1, 1\); it must be \(4, 4, 1, 1, 1\)"):
+        conv_norm_relu(randn(1, 4, 2, 2, 2), None, mix, norm, 1e-5)
+    with pytest.raises(ValueError, match=r"residual is \(1, 3, 2, 2, 1\)"):
+        conv_norm_relu(randn(1, 3, 2, 2, 2), None, mix, norm, 1e-5, randn(1, 3, 2, 2, 1))

@@ -34,14 +34,15 @@ def conv_norm_relu(
         ValueError: shapes that don't fit.
     """
     channels = x.shape[1]
+    row = (channels,)
+    if depthwise is not None:
+        weight, bias = depthwise
+        check_shapes(("depthwise weight", weight, (channels, 1, 3, 3, 3)), ("depthwise bias", bias, row))
     check_shapes(
-        *zip(
-            ("depthwise weight", "depthwise bias"), depthwise or (), ((channels, 1, 3, 3, 3), (channels,)), strict=False
-        ),
-        *zip(
-            ("pointwise weight", "pointwise bias"), pointwise, ((channels, channels, 1, 1, 1), (channels,)), strict=True
-        ),
-        *zip(("norm weight", "norm bias"), norm, ((channels,), (channels,)), strict=True),
+        ("pointwise weight", pointwise[0], (channels, channels, 1, 1, 1)),
+        ("pointwise bias", pointwise[1], row),
+        ("norm weight", norm[0], row),
+        ("norm bias", norm[1], row),
         ("residual", residual, tuple(x.shape)),
     )
     parameters = (*(depthwise or ()), *pointwise, *norm)

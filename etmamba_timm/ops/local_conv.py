@@ -43,7 +43,7 @@ def local_conv(
     residual = residual.to(dtype)
     if takes(x, residual, *weights, *biases) and state_dtype(x.dtype) == dtype:
         taps = torch.cat([w.flatten(1) for w in weights], 1).t().to(dtype)  # [83, C]
-        return _forward(x, residual, taps.contiguous(), torch.stack(biases).to(dtype), list(grid))
+        return _forward(x, residual, taps.contiguous(), torch.stack(biases).to(dtype), t, h, w)
     return _plain(x, residual, weights, biases, grid)
 
 
@@ -69,8 +69,8 @@ class _Args(ctypes.Structure):  # must match csrc/local_conv.cpp
     ]
 
 
-def _arguments(x: Tensor, taps: Tensor, biases: Tensor, grid: list[int]) -> _Args:
-    (t, h, w), threads = grid, torch.get_num_threads()
+def _arguments(x: Tensor, taps: Tensor, biases: Tensor, t: int, h: int, w: int) -> _Args:
+    threads = torch.get_num_threads()
     frames = x.shape[0] * t
     args = _Args(t, frames, h, w, x.shape[2], min(frames, 2 * threads), threads, x=_tokens(x))
     args.weight, args.bias = taps.data_ptr(), biases.data_ptr()
@@ -82,23 +82,25 @@ def _tokens(x: Tensor) -> Strided:
 
 
 @torch.library.custom_op("etmamba_timm::cpu_local_conv", mutates_args=(), device_types="cpu")
-def _forward(x: Tensor, residual: Tensor, taps: Tensor, biases: Tensor, grid: list[int]) -> Tensor:
+def _forward(x: Tensor, residual: Tensor, taps: Tensor, biases: Tensor, t: int, h: int, w: int) -> Tensor:
     out = residual.new_empty(residual.shape)
     out[:, 0] = residual[:, 0]
-    args = _arguments(x, taps, biases, grid)
+    args = _arguments(x, taps, biases, t, h, w)
     args.residual, args.out = _tokens(residual), _tokens(out)
     library().etmamba_local_conv(ctypes.byref(args), DTYPES[x.dtype], False)
     return out
 
 
 @_forward.register_fake
-def _(x, residual, taps, biases, grid):
+def _(x, residual, taps, biases, t, h, w):
     return residual.new_empty(residual.shape)
 
 
 @torch.library.custom_op("etmamba_timm::cpu_local_conv_backward", mutates_args=(), device_types="cpu")
-def _backward(dout: Tensor, x: Tensor, taps: Tensor, biases: Tensor, grid: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    args = _arguments(x, taps, biases, grid)
+def _backward(
+    dout: Tensor, x: Tensor, taps: Tensor, biases: Tensor, t: int, h: int, w: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    args = _arguments(x, taps, biases, t, h, w)
     dx = x.new_empty(x.shape)
     dx[:, 0] = 0
     dweight = taps.new_empty(args.groups, len(taps) + len(biases), taps.shape[1])
@@ -109,18 +111,18 @@ def _backward(dout: Tensor, x: Tensor, taps: Tensor, biases: Tensor, grid: list[
 
 
 @_backward.register_fake
-def _(dout, x, taps, biases, grid):
+def _(dout, x, taps, biases, t, h, w):
     return x.new_empty(x.shape), torch.empty_like(taps), torch.empty_like(biases)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, _, taps, biases, ctx.grid = inputs
+    x, _, taps, biases, *ctx.grid = inputs
     ctx.save_for_backward(x, taps, biases)
 
 
 def _autograd(ctx, dout):
-    dx, dtaps, dbiases = _backward(dout, *ctx.saved_tensors, ctx.grid)
-    return dx, dout, dtaps, dbiases, None
+    dx, dtaps, dbiases = _backward(dout, *ctx.saved_tensors, *ctx.grid)
+    return dx, dout, dtaps, dbiases, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

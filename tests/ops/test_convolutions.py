@@ -139,7 +139,7 @@ def test_gradients_stop_where_relu_does():
 
 OPERATORS = {
     "short_conv": (SHORT, lambda: (randn(2, 2, 9, 5), randn(4, 5), randn(5), False)),
-    "local_conv": (LOCAL, lambda: (randn(2, 13, 3), randn(2, 13, 12), randn(83, 3), randn(3, 3), [2, 2, 3])),
+    "local_conv": (LOCAL, lambda: (randn(2, 13, 3), randn(2, 13, 12), randn(83, 3), randn(3, 3), 2, 2, 3)),
     "conv_norm_relu": (STAGE, lambda: (randn(1, 2, 3, 4, 5), randn(1, 2, 3, 4, 5), randn(66), True, 1e-5)),
 }
 

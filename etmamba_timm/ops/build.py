@@ -132,7 +132,7 @@ def _build(texts: dict[str, bytes], folder: Path, name: str) -> ctypes.CDLL:
         with contextlib.suppress(OSError):
             if time.time() - leftover.stat().st_mtime > 24 * 3600:
                 shutil.rmtree(leftover, ignore_errors=True)
-    _logger.info("compiling the CPU kernels, once for this machine (a few seconds)")
+    _logger.info("compiling the CPU kernels, once for this machine (about ten seconds)")
     with tempfile.TemporaryDirectory(prefix="build-", dir=folder, ignore_cleanup_errors=True) as work:
         made = Path(work, "made.so")
         for source, text in texts.items():

@@ -16,7 +16,7 @@ import torch
 from timm.models import is_model_pretrained
 from torch import Tensor
 
-from .data import EvalTransform, VideoReader, sample_clips
+from .data import EvalTransform, Sampling, VideoReader
 from .models import VARIANTS, DownloadError, EtMamba, checkpoint_filter_fn, find_checkpoint, read_checkpoint
 from .models.checkpoint import UNREADABLE, first_line
 from .models.manifest import CONFIG_FILE
@@ -129,10 +129,10 @@ def top_classes(model: EtMamba, scores: Tensor, k: int = 5) -> list[dict]:
     ]
 
 
-def clip_stride(model: EtMamba, num_video_frames: int) -> int:
-    """Frames from one of a clip to the next: of the model's `clip_cfg`, by which a clip may span the whole video."""
+def sampling_of(model: EtMamba) -> Sampling:
+    """How the model's clips are sampled: its number of frames, at the stride of its `clip_cfg`, else at 2."""
     stride = getattr(model, "clip_cfg", {}).get("stride", STRIDE)
-    return max(1, num_video_frames // model.num_frames) if stride is None else stride
+    return Sampling(model.num_frames, 0 if stride is None else stride)
 
 
 def _over_views(
@@ -152,8 +152,7 @@ def _over_views(
     video = VideoReader(path)
     results = []
     with torch.inference_mode(), autocast:
-        total = video.info.num_frames
-        for indices in sample_clips(total, model.num_frames, clip_stride(model, total), num_clips):
+        for indices in sampling_of(model).several(video.info.num_frames, num_clips):
             views = transform(video.read(indices), num_crops)
             results.append(function(views.to(weight.device, weight.dtype)).cpu())
     mean = torch.cat(results).mean(0)

@@ -13,11 +13,14 @@ from .annotations import (
 from .augment import TrainTransform
 from .dataset import EvalClips, Sampling, TrainClips, collate
 from .ffmpeg import VideoError
+from .layouts import LAYOUTS, SUBSETS, read_dataset, with_classes
 from .sampling import random_clip, random_segments, sample_clips, sample_segments
 from .transforms import EvalTransform
 from .video import VideoInfo, VideoReader, probe, read_frames
 
 __all__ = [
+    "LAYOUTS",
+    "SUBSETS",
     "AnnotationError",
     "Annotations",
     "EvalClips",
@@ -33,6 +36,7 @@ __all__ = [
     "random_clip",
     "random_segments",
     "read_breakfast",
+    "read_dataset",
     "read_folders",
     "read_frames",
     "read_hmdb51",
@@ -41,4 +45,5 @@ __all__ = [
     "read_ssv2",
     "sample_clips",
     "sample_segments",
+    "with_classes",
 ]

@@ -62,6 +62,11 @@ def read_list(path: str | Path, root: str | Path | None = None, classes: list[st
     """
     path = Path(path)
     root = _folder(root or path.parent)
+    return _from_rows(list_rows(path), classes, lambda video: root / video, path)
+
+
+def list_rows(path: Path) -> list[tuple[str, str]]:
+    """(video, label) of each line."""
     rows = []
     for number, line in enumerate(_text(path).splitlines(), 1):
         line = line.strip()
@@ -75,7 +80,7 @@ def read_list(path: str | Path, root: str | Path | None = None, classes: list[st
             )
         if rows or label.lower() != "label":  # the first may be a header
             rows.append((video, label))
-    return _from_rows(rows, classes, lambda video: root / video, path)
+    return rows
 
 
 def read_kinetics(csv_file: str | Path, root: str | Path, classes: list[str] | None = None) -> Annotations:
@@ -86,6 +91,13 @@ def read_kinetics(csv_file: str | Path, root: str | Path, classes: list[str] | N
     """
     csv_file = Path(csv_file)
     find = _finder(root)
+    return _from_rows(
+        kinetics_rows(csv_file), classes, lambda names: next(filter(None, map(find, names)), names[0]), csv_file
+    )
+
+
+def kinetics_rows(csv_file: Path) -> list[tuple[tuple[str, str], str]]:
+    """((name with the times, name without), label) of each line."""
     reader = csv.DictReader(_text(csv_file).splitlines())
     wanted = {"label", "youtube_id", "time_start", "time_end"}
     if not wanted <= set(reader.fieldnames or ()):
@@ -94,7 +106,15 @@ def read_kinetics(csv_file: str | Path, root: str | Path, classes: list[str] | N
     for row in reader:
         span = f"{row['youtube_id']}_{int(float(row['time_start'])):06d}_{int(float(row['time_end'])):06d}"
         rows.append(((span, row["youtube_id"]), row["label"]))
-    return _from_rows(rows, classes, lambda names: next(filter(None, map(find, names)), names[0]), csv_file)
+    return rows
+
+
+def classes_of(rows: list[tuple]) -> list[str]:
+    """The classes of (…, label): all labels in order, or 0 to the largest where they all are whole numbers."""
+    labels = {label for _, label in rows}
+    if labels and all(label.isdecimal() for label in labels):
+        return [str(i) for i in range(max(map(int, labels)) + 1)]
+    return sorted(labels)
 
 
 def read_ssv2(annotations: str | Path, root: str | Path, labels: str | Path | None = None) -> Annotations:
@@ -170,9 +190,7 @@ def _from_rows(rows: list, classes: list[str] | None, locate: Callable, source: 
     if not rows:
         raise AnnotationError(f"{source} lists no videos")
     labels = {label for _, label in rows}
-    if classes is None and all(label.isdecimal() for label in labels):
-        classes = [str(i) for i in range(max(map(int, labels)) + 1)]
-    classes = classes or sorted(labels)
+    classes = classes or classes_of(rows)
     index = {name: i for i, name in enumerate(classes)}
     if unknown := sorted(
         labels - set(index) - {label for label in labels if label.isdecimal() and int(label) < len(classes)}

@@ -18,6 +18,8 @@ from .video import VideoError, VideoReader
 
 _logger = logging.getLogger(__name__)
 
+MOST_FAILURES = 20  # videos in a row that can't be decoded
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -45,16 +47,20 @@ class Sampling:
 
 
 class TrainClips(Dataset):
-    """One random clip a video: {'clip': float32 [C, T, H, W], 'label': int, 'index': int}; None if it can't be decoded.
+    """One random clip a video: {'clip': float32 [C, T, H, W], 'label': int, 'index': int}.
 
     What is drawn depends on `seed`, `epoch` and the video's index alone: not on workers, their number, or what was
-    drawn before. A video that can't be decoded is logged once and given as None, which `collate` leaves out.
+    drawn before. In the place of a video that can't be decoded, which is logged once, comes the next that can, with its
+    own label and index; so a batch keeps its size.
 
     Args:
         annotations: the videos.
         transform: uint8 [T, H, W, 3] -> float32 [C, T, H, W]; draws from the global generators.
         sampling: which frames make a clip.
         seed: of everything drawn.
+
+    Raises:
+        VideoError: when a clip is asked for, and `MOST_FAILURES` videos in a row, or all, can't be decoded.
     """
 
     def __init__(
@@ -67,15 +73,20 @@ class TrainClips(Dataset):
     def __len__(self) -> int:
         return len(self.annotations.samples)
 
-    def __getitem__(self, index: int) -> dict | None:
-        path, label = self.annotations.samples[index]
-        with seeded(self.seed, self.epoch, index):
-            try:
-                reader = VideoReader(path)
-                frames = reader.read(self.sampling.one(reader.info.num_frames, random.Random(random.random())))
-            except VideoError as error:
-                return _failed(self._failed, index, error)
-            return {"clip": self.transform(frames), "label": label, "index": index}
+    def __getitem__(self, index: int) -> dict:
+        tries = [(index + i) % len(self) for i in range(min(len(self), MOST_FAILURES))]
+        for i in tries:
+            path, label = self.annotations.samples[i]
+            with seeded(self.seed, self.epoch, i):
+                try:
+                    reader = VideoReader(path)
+                    frames = reader.read(self.sampling.one(reader.info.num_frames, random.Random(random.random())))
+                except VideoError as error:
+                    _failed(self._failed, i, error)
+                    continue
+                return {"clip": self.transform(frames), "label": label, "index": i}
+        path = self.annotations.samples[index][0]
+        raise VideoError(f"{path}: from this one on, {len(tries)} videos in a row can't be decoded; check the dataset")
 
 
 class EvalClips(Dataset):

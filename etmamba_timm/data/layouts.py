@@ -1,0 +1,130 @@
+"""A dataset by the name of its layout and one folder: finds the official files there, and reads a part of it."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .annotations import (
+    AnnotationError,
+    Annotations,
+    classes_of,
+    kinetics_rows,
+    list_rows,
+    read_breakfast,
+    read_folders,
+    read_hmdb51,
+    read_kinetics,
+    read_list,
+    read_ssv2,
+)
+
+SUBSETS = ("train", "val", "test")
+_ALSO = {"train": ("train",), "val": ("val", "validate", "validation", "valid"), "test": ("test",)}
+
+
+def read_dataset(
+    layout: str, root: str | Path, subset: str = "train", *, split: int = 1, annotations: str | Path | None = None
+) -> Annotations:
+    """A part of a dataset.
+
+    Args:
+        layout: a name of `LAYOUTS`:
+            'folders': `root/<subset>/<class>/*.mp4`.
+            'list': `<subset>.csv` or `.txt`, lines `video label`; videos below `root`.
+            'kinetics': `<subset>.csv` as published; the classes are those of train.csv, if it is there.
+            'ssv2': labels.json, train.json, validation.json, with or without 'something-something-v2-' before.
+            'hmdb51': <class>_test_split<n>.txt; 'val' and 'test' are one.
+            'breakfast': no files of its own; 'val' and 'test' are one.
+        root: the folder of the videos.
+        subset: 'train', 'val' or 'test'.
+        split: of HMDB-51 (1 to 3) and Breakfast (1 to 4).
+        annotations: the folder of the annotation files, at any depth; `root` by default.
+
+    Raises:
+        AnnotationError: an unknown layout, files that aren't there or aren't what they should be.
+    """
+    if layout not in LAYOUTS:
+        raise AnnotationError(f"no layout {layout!r}; there are {', '.join(LAYOUTS)}")
+    if subset not in SUBSETS:
+        raise AnnotationError(f"no subset {subset!r}; there are {', '.join(SUBSETS)}")
+    return LAYOUTS[layout](Path(root), Path(annotations or root), subset, split)
+
+
+def with_classes(annotations: Annotations, classes: Sequence[str]) -> Annotations:
+    """The same videos, their classes numbered as in `classes`, e.g. a trained model's, of which there may be more.
+
+    Raises:
+        AnnotationError: the dataset has a class that isn't among them.
+    """
+    number = {name: i for i, name in enumerate(classes)}
+    if unknown := [name for name in annotations.classes if name not in number]:
+        raise AnnotationError(
+            f"{len(unknown)} of the dataset's {len(annotations.classes)} classes are none of the model's "
+            f"{len(number)}: {', '.join(unknown[:5])}; the model has {', '.join(list(classes)[:5])}, ..."
+        )
+    samples = [(path, number[annotations.classes[label]]) for path, label in annotations.samples]
+    return Annotations(samples, list(classes), annotations.missing)
+
+
+def _folders(root: Path, annotations: Path, subset: str, split: int) -> Annotations:
+    folder = next((root / name for name in _ALSO[subset] if (root / name).is_dir()), None)
+    if folder is None:
+        raise AnnotationError(f"{root} has no folder {subset!r}; wanted {root}/{subset}/<class>/<video>.mp4")
+    train = root / "train"  # its classes number those of all parts
+    classes = sorted(p.name for p in train.iterdir() if p.is_dir()) if train.is_dir() else None
+    own = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    if classes and (unknown := sorted(set(own) - set(classes))):
+        raise AnnotationError(f"{folder} has classes that {train} lacks: {', '.join(unknown[:5])}")
+    return read_folders(folder, classes)
+
+
+def _list(root: Path, annotations: Path, subset: str, split: int) -> Annotations:
+    file = _find(annotations, [f"{name}.{suffix}" for name in _ALSO[subset] for suffix in ("csv", "txt")])
+    return read_list(file, root, _classes_of_train(list_rows, file))
+
+
+def _kinetics(root: Path, annotations: Path, subset: str, split: int) -> Annotations:
+    file = _find(annotations, [f"{name}.csv" for name in _ALSO[subset]])
+    return read_kinetics(file, root, _classes_of_train(kinetics_rows, file))
+
+
+def _classes_of_train(rows: Callable[[Path], list], file: Path) -> list[str] | None:
+    """The classes of the training list beside a file: they number those of all parts."""
+    train = file.with_name("train" + file.suffix)
+    return classes_of(rows(train)) if train.is_file() else None
+
+
+def _ssv2(root: Path, annotations: Path, subset: str, split: int) -> Annotations:
+    if subset == "test":
+        raise AnnotationError("Something-Something V2's test labels aren't public; take the subset val")
+    name = {"train": "train.json", "val": "validation.json"}[subset]
+    file, labels = (_find(annotations, [n, f"something-something-v2-{n}"]) for n in (name, "labels.json"))
+    return read_ssv2(file, root, labels)
+
+
+def _hmdb51(root: Path, annotations: Path, subset: str, split: int) -> Annotations:
+    file = next(iter(sorted(annotations.rglob(f"*_test_split{split}.txt"))), annotations / "x")
+    return read_hmdb51(root, file.parent, split, "train" if subset == "train" else "test")
+
+
+def _breakfast(root: Path, annotations: Path, subset: str, split: int) -> Annotations:
+    return read_breakfast(root, split, "train" if subset == "train" else "test")
+
+
+LAYOUTS = {
+    "folders": _folders,
+    "list": _list,
+    "kinetics": _kinetics,
+    "ssv2": _ssv2,
+    "hmdb51": _hmdb51,
+    "breakfast": _breakfast,
+}
+
+
+def _find(folder: Path, names: list[str]) -> Path:
+    """The file of one of these names in the folder, or the shallowest below it."""
+    if not folder.is_dir():
+        raise AnnotationError(f"{folder} is no folder")
+    found = [path for path in folder.rglob("*") if path.name in names and path.is_file()]
+    if not found:
+        raise AnnotationError(f"{folder} holds no {' or '.join(names[:2])}; name the folder of the annotation files")
+    return min(found, key=lambda path: (len(path.parts), names.index(path.name), path))

@@ -1,0 +1,159 @@
+"""A model's scores on annotated videos, averaged over views, and the accuracies they come to."""
+
+import contextlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from .data import EvalClips, collate
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Class probabilities of the videos that could be decoded.
+
+    Attributes:
+        probabilities: float32 [videos, classes], the mean over each video's views.
+        labels: [videos].
+        indices: [videos], into the dataset, ascending.
+        failed: videos that couldn't be decoded; they are in no accuracy.
+        missing: videos that are listed but aren't there; nor are they.
+        classes: names of the classes.
+    """
+
+    probabilities: Tensor
+    labels: Tensor
+    indices: Tensor
+    failed: int
+    missing: int
+    classes: list[str]
+
+    def topk(self, k: int) -> float:
+        """Share of videos whose class is among the k likeliest."""
+        k = min(k, self.probabilities.shape[1])
+        return (self.probabilities.topk(k).indices == self.labels[:, None]).any(1).double().mean().item()
+
+    def per_class(self) -> list[float | None]:
+        """Each class's share of videos that are recognised; None for a class without videos."""
+        right = (self.probabilities.argmax(1) == self.labels).double()
+        of = [right[self.labels == i] for i in range(len(self.classes))]
+        return [values.mean().item() if len(values) else None for values in of]
+
+    def figures(self) -> dict:
+        """Top-1, top-5, the mean of the classes' accuracies, and the numbers of videos behind them."""
+        known = [value for value in self.per_class() if value is not None]
+        return {
+            "top1": self.topk(1),
+            "top5": self.topk(5),
+            "mean_class": sum(known) / len(known),
+            "videos": len(self.labels),
+            "failed": self.failed,
+            "missing": self.missing,
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file, whole or not at all: the tensors, and the rest in its metadata."""
+        path = Path(path)
+        tensors = {name: getattr(self, name).contiguous() for name in ("probabilities", "labels", "indices")}
+        rest = {"classes": self.classes, "failed": self.failed, "missing": self.missing}
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".etmamba-") as folder:
+            draft = Path(folder) / "scores"
+            save_file(tensors, draft, {"scores": json.dumps(rest)})
+            os.replace(draft, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Scores":
+        """What `save` wrote.
+
+        Raises:
+            ValueError: another kind of file.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                rest = json.loads(file.metadata()["scores"])
+                return cls(**{name: file.get_tensor(name) for name in file.keys()}, **rest)  # noqa: SIM118
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{path} holds no scores; `etmamba eval --scores` writes them") from error
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    videos: EvalClips,
+    *,
+    batch_size: int = 8,
+    workers: int = 0,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> Scores:
+    """Softmax scores of each video, averaged over its views.
+
+    In a process group (torch.distributed) the processes share the videos, and all get all scores. These are the same
+    for any batch size and number of processes, but for rounding.
+
+    Args:
+        model: clips [B, C, T, H, W] -> logits [B, classes]; used in evaluation mode, and left as it was.
+        videos: the videos and their views.
+        batch_size: clips that the model takes at a time.
+        workers: processes that decode, for each process.
+        dtype: of autocast; None for none.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError: no video can be decoded, or the scores aren't finite.
+    """
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device = next(model.parameters()).device
+    views = videos.num_clips * videos.num_crops
+    loader = DataLoader(
+        Subset(videos, range(rank, len(videos), processes)),
+        max(1, batch_size // views),
+        num_workers=workers,
+        collate_fn=collate,
+        generator=torch.Generator(),  # else it would draw from the global one
+    )
+    autocast = torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+    parts, was_training = [], model.training
+    model.eval()
+    try:
+        for batch in tqdm(loader, desc="evaluate", leave=False, disable=None if progress and rank == 0 else True):
+            if batch is None:
+                continue
+            clips = batch["clip"].flatten(0, 1)  # [B, views, ...] -> [B·views, ...]
+            with autocast:
+                logits = torch.cat([model(part.to(device)) for part in clips.split(batch_size)])
+            scores = logits.double().softmax(-1).unflatten(0, (-1, views)).mean(1)
+            parts.append((batch["index"], batch["label"], scores.cpu()))
+    finally:
+        model.train(was_training)
+    everyone = [parts]
+    if processes > 1:
+        everyone = [None] * processes
+        dist.all_gather_object(everyone, parts)
+    gathered = [part for parts in everyone for part in parts]
+    if not gathered:
+        raise ValueError(f"none of the {len(videos)} videos can be decoded")
+    indices, labels, scores = (torch.cat(tensors) for tensors in zip(*gathered, strict=True))
+    if not scores.isfinite().all():
+        raise ValueError("the scores aren't finite; check the checkpoint, or use float32")
+    order = indices.argsort()
+    return Scores(
+        scores[order].float(),
+        labels[order],
+        indices[order],
+        failed=len(videos) - len(indices),
+        missing=len(videos.annotations.missing),
+        classes=list(videos.annotations.classes),
+    )

@@ -24,6 +24,8 @@ class Recipe:
         model: what `timm.create_model` takes.
         model_args: more of its arguments.
         pretrained: whether to start from that model's weights.
+        checkpoint: a file of weights to start from instead, ours or VideoMamba's; its classifier is left out if the
+            number of classes differs.
         num_frames, stride: of a clip; stride 0 spreads the frames over the whole video.
         size: height and width of a clip, in pixels.
         epochs, warmup_epochs: of training, and of these with a rising rate.
@@ -51,6 +53,7 @@ class Recipe:
     model: str = "etmamba_m"
     model_args: dict = field(default_factory=dict)
     pretrained: bool = True
+    checkpoint: str = ""
     num_frames: int = 16
     stride: int = 2
     size: int = 224

@@ -1,0 +1,132 @@
+"""Whole datasets by the name of their layout: official trees with real encoded files, damaged ones among them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from videos import write_video
+
+from etmamba_timm.data import AnnotationError, EvalClips, EvalTransform, Sampling, read_dataset, with_classes
+
+
+def video(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    codec = {".mp4": "libx264", ".webm": "libvpx-vp9", ".avi": "mpeg4"}[path.suffix]
+    write_video(path, 9, codec=codec)
+
+
+def kinetics(root: Path) -> None:
+    for part in ("train", "val"):
+        rows = [f"{label},{part}{label[0]}id,3,13,{part}" for label in ("zumba", "archery")][
+            : 2 if part == "train" else 1
+        ]
+        (root / f"{part}.csv").write_text("label,youtube_id,time_start,time_end,split\n" + "\n".join(rows) + "\n")
+        for label in ("zumba", "archery"):
+            video(root / part / label / f"{part}{label[0]}id_000003_000013.mp4")
+
+
+def ssv2(root: Path) -> None:
+    (root / "labels").mkdir()
+    (root / "labels" / "labels.json").write_text(json.dumps({"Closing something": "0", "Opening something": "1"}))
+    for name, ids in (("train", ("1", "2")), ("validation", ("3",))):
+        entries = [{"id": i, "label": "x", "template": "Opening [something]"} for i in ids]
+        (root / "labels" / f"{name}.json").write_text(json.dumps(entries))
+        for i in ids:
+            video(root / "20bn-something-something-v2" / f"{i}.webm")
+
+
+def hmdb51(root: Path) -> None:
+    for label in ("wave", "brush_hair"):
+        for split in (1, 2, 3):
+            file = root / "testTrainMulti_7030_splits" / f"{label}_test_split{split}.txt"
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(f"{label}_a.avi 1 \n{label}_b.avi 2 \n{label}_c.avi 0 \n")
+        for letter in "abc":
+            video(root / label / f"{label}_{letter}.avi")
+
+
+def breakfast(root: Path) -> None:
+    for person in ("P03", "P20"):
+        video(root / person / "cam01" / f"{person}_tea.avi")
+
+
+def folders(root: Path) -> None:
+    for part in ("train", "val"):
+        for label in ("a", "b"):
+            video(root / part / label / "1.mp4")
+
+
+def listed(root: Path) -> None:
+    for part in ("train", "val"):
+        video(root / f"{part}.mp4")
+        (root / f"{part}.csv").write_text(f"{part}.mp4 {'7' if part == 'train' else '3'}\n")
+
+
+TREES = {
+    "kinetics": (kinetics, 2, 1, ["archery", "zumba"]),
+    "ssv2": (ssv2, 2, 1, ["Closing something", "Opening something"]),
+    "hmdb51": (hmdb51, 2, 2, ["brush_hair", "wave"]),
+    "breakfast": (breakfast, 1, 1, None),
+    "folders": (folders, 2, 2, ["a", "b"]),
+    "list": (listed, 1, 1, [str(i) for i in range(8)]),
+}
+
+
+@pytest.mark.parametrize("layout", TREES)
+def test_official_trees(layout, tmp_path, caplog):
+    make, num_train, num_val, classes = TREES[layout]
+    make(tmp_path)
+    train, val = (read_dataset(layout, tmp_path, part) for part in ("train", "val"))
+    assert (len(train.samples), len(val.samples)) == (num_train, num_val)
+    assert train.classes == val.classes
+    assert classes is None or train.classes == classes
+    if layout == "kinetics":  # numbered as in training, though the list of this part has one class alone
+        assert val.samples[0][1] == 1
+    clips = EvalClips(val, EvalTransform((32, 32)), Sampling(4, 2))
+    assert clips[0]["clip"].shape == (1, 3, 4, 32, 32)
+    path = val.samples[0][0]
+    path.write_bytes(path.read_bytes()[:100])
+    assert clips[0] is None
+    assert str(path) in caplog.text
+
+
+def test_lists_may_lie_elsewhere(tmp_path):
+    kinetics(tmp_path)
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "train.csv").rename(tmp_path / "lists" / "train.csv")
+    read = read_dataset("kinetics", tmp_path / "train", annotations=tmp_path / "lists")
+    assert len(read.samples) == 2
+    with pytest.raises(AnnotationError, match="holds no test.csv"):
+        read_dataset("kinetics", tmp_path, "test")
+
+
+def test_splits(tmp_path):
+    breakfast(tmp_path)
+    assert read_dataset("breakfast", tmp_path, "val", split=1).samples[0][0].name == "P03_tea.avi"
+    assert read_dataset("breakfast", tmp_path, "val", split=2).samples[0][0].name == "P20_tea.avi"
+
+
+def test_what_cannot_be(tmp_path):
+    folders(tmp_path)
+    for layout, subset, said in (
+        ("ucf101", "train", "no layout 'ucf101'; there are folders, list, kinetics"),
+        ("folders", "dev", "no subset 'dev'; there are train, val, test"),
+        ("folders", "test", f"wanted {tmp_path}/test/<class>/<video>.mp4"),
+        ("ssv2", "test", "labels aren't public"),
+        ("ssv2", "val", "holds no validation.json"),
+        ("hmdb51", "val", "holds no <class>_test_split1.txt"),
+    ):
+        with pytest.raises(AnnotationError, match=said):
+            read_dataset(layout, tmp_path, subset)
+    (tmp_path / "val" / "c").mkdir()
+    with pytest.raises(AnnotationError, match="has classes that .*train lacks: c"):
+        read_dataset("folders", tmp_path, "val")
+
+
+def test_classes_as_the_models(tmp_path):
+    folders(tmp_path)
+    read = with_classes(read_dataset("folders", tmp_path, "val"), ["b", "x", "a"])
+    assert [(path.parent.name, label) for path, label in read.samples] == [("a", 2), ("b", 0)]
+    assert read.classes == ["b", "x", "a"]
+    with pytest.raises(AnnotationError, match="1 of the dataset's 2 classes are none of the model's 2: b"):
+        with_classes(read_dataset("folders", tmp_path, "val"), ["a", "x"])

@@ -1,0 +1,43 @@
+"""Small videos of a moving square whose direction is the class: no frame alone tells it."""
+
+from pathlib import Path
+
+import av
+import numpy as np
+
+DIRECTIONS = {"down": (0, 1), "left": (-1, 0), "right": (1, 0), "up": (0, -1)}
+KINDS = (("mp4", "libx264"), ("webm", "libvpx-vp9"), ("avi", "mpeg4"))
+
+
+def write_shapes(root: Path, videos: int, seed: int, num_frames: int = 6, side: int = 32) -> Path:
+    """`root/<direction>/<number>.<mp4, webm or avi>`, so many of each direction; anew drawn from the seed."""
+    for label, name in enumerate(DIRECTIONS):
+        (root / name).mkdir(parents=True)
+        for i in range(videos):
+            suffix, codec = KINDS[i % len(KINDS)]
+            write_shape(
+                root / name / f"{i}.{suffix}", name, np.random.default_rng([seed, label, i]), codec, num_frames, side
+            )
+    return root
+
+
+def write_shape(
+    path: Path, direction: str, draw: np.random.Generator, codec: str, num_frames: int = 6, side: int = 32
+) -> None:
+    """One such video: a bright square that crosses the middle, by and large; on the way it is anywhere."""
+    dx, dy = DIRECTIONS[direction]
+    size, speed = draw.uniform(0.25, 0.4) * side, draw.uniform(0.1, 0.18) * side
+    x, y = draw.uniform(0.3, 0.7, 2) * side
+    ground, colour = draw.integers(0, 30, 3), draw.integers(170, 256, 3)
+    rows, columns = np.mgrid[:side, :side] + 0.5
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream(codec, rate=12)
+        stream.width = stream.height = side
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"deadline": "realtime", "cpu-used": "8"} if "vp9" in codec else {"preset": "ultrafast"}
+        for t in range(num_frames):
+            way = speed * (t - (num_frames - 1) / 2)
+            inside = (abs(columns - x - dx * way) < size / 2) & (abs(rows - y - dy * way) < size / 2)
+            picture = np.where(inside[..., None], colour, ground).astype(np.uint8)
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        output.mux(stream.encode())

@@ -71,7 +71,7 @@ class Progress:
         skipped: updates without effect, because the gradient wasn't finite; `in_a_row`: the latest of them.
         replaced: clips of videos that couldn't be decoded, for which others came.
         best: highest top-1 so far, best_epoch: when it was reached.
-        losses: sum of losses since the log's last row, norms: of the gradients' norms.
+        losses: sum of losses since the log's last row, norms: of the gradients' norms, counted: of how many updates.
     """
 
     update: int = 0
@@ -82,6 +82,7 @@ class Progress:
     best_epoch: int = 0
     losses: float = 0.0
     norms: float = 0.0
+    counted: int = 0
 
     def state_dict(self) -> dict:
         """For accelerate."""
@@ -212,14 +213,14 @@ class _Training:
                         update=self.at.update,
                         epoch=epoch,
                         lr=rate,
-                        loss=self.at.losses / LOG_UPDATES,
-                        grad_norm=self.at.norms / LOG_UPDATES,
+                        loss=self.at.losses / max(1, self.at.counted),
+                        grad_norm=self.at.norms / max(1, self.at.counted),
                         skipped=self.at.skipped,
                         replaced=self.at.replaced,
                         clips_per_second=(self.at.update - since) * self.clips / (now - start),
                     )
                     start, since = now, self.at.update
-                self.at.losses = self.at.norms = 0.0
+                self.at.losses, self.at.norms, self.at.counted = 0.0, 0.0, 0
             if self.at.update % self.save_updates == 0 and self.at.update % self.updates:
                 self.save()
 
@@ -244,7 +245,8 @@ class _Training:
         at.update += 1
         self.scheduler.step_update(at.update)
         if good:
-            at.in_a_row, at.losses, at.norms = 0, at.losses + loss, at.norms + norm
+            at.in_a_row = 0
+            at.losses, at.norms, at.counted = at.losses + loss, at.norms + norm, at.counted + 1
             if self.ema:
                 self.ema.update(accelerator.unwrap_model(self.model), at.update)
             return loss
@@ -252,8 +254,8 @@ class _Training:
         _logger.warning("update %d is left out: its gradient isn't finite", at.update)
         if at.in_a_row >= MOST_SKIPPED:
             raise TrainingError(
-                f"the gradients of {MOST_SKIPPED} updates in a row weren't finite; lower lr, set clip_grad, or precision "
-                f"to no. {self.run.path} has the last state saved"
+                f"the gradients of {MOST_SKIPPED} updates in a row weren't finite; lower lr, set clip_grad, or set "
+                f"precision to no. The last state saved is in {self.run.path}"
             )
         return loss
 

@@ -9,7 +9,16 @@ import torch
 from torch.utils.data import DataLoader
 from videos import numbers, write_video
 
-from etmamba_timm.data import Annotations, EvalClips, EvalTransform, Sampling, TrainClips, TrainTransform, collate
+from etmamba_timm.data import (
+    Annotations,
+    EvalClips,
+    EvalTransform,
+    Sampling,
+    TrainClips,
+    TrainTransform,
+    VideoError,
+    collate,
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +60,20 @@ def test_the_global_generators_are_left_as_they_were(annotations):
     assert torch.equal(torch.get_rng_state(), states[2])
 
 
-def test_what_cannot_be_decoded_is_left_out_and_said_once(annotations, caplog):
+def test_training_takes_the_next_video_for_one_that_cannot_be_decoded(annotations, caplog):
     data = TrainClips(annotations, as_numbers, Sampling(4, 2))
     batch = collate([data[0], data[2], data[1], data[2]])
-    assert batch["label"].tolist() == [0, 1]
-    assert batch["index"].tolist() == [0, 1]
+    assert batch["label"].tolist() == batch["index"].tolist() == [0, 0, 1, 0]
+    assert torch.equal(batch["clip"][0], batch["clip"][1])
+    assert caplog.text.count("left out") == 1
+    bad = Annotations(annotations.samples[2:] * 3, annotations.classes, [])
+    with pytest.raises(VideoError, match="c.mp4: from this one on, 3 videos in a row can't be decoded"):
+        TrainClips(bad, as_numbers, Sampling(4, 2))[1]
+
+
+def test_evaluation_leaves_out_what_cannot_be_decoded(annotations, caplog):
+    data = EvalClips(annotations, EvalTransform((32, 32)), Sampling(4, 2))
+    assert collate([data[0], data[2], data[2]])["index"].tolist() == [0]
     assert collate([data[2]]) is None
     assert caplog.text.count("left out") == 1
     assert "c.mp4" in caplog.text

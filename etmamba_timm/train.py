@@ -19,6 +19,7 @@ from pathlib import Path
 import timm
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -121,16 +122,19 @@ def train(
         TrainingError: too few videos, settings that don't go together, or gradients that stay infinite.
     """
     accelerator = Accelerator(mixed_precision=recipe.precision)
-    _check(recipe, train_set, val_set, accelerator)
     run = RunFolder(folder)
-    with accelerator.main_process_first():
-        run.open(_identity(recipe, train_set, val_set, accelerator), recipe.to_yaml())
-    accelerator.wait_for_everyone()
-    if (run / MODEL).exists():
-        _logger.info("%s is done already", run.path)
-    else:
-        _Training(recipe, train_set, val_set, run, accelerator, workers, save_updates, progress).run_to_end()
+    try:
+        _check(recipe, train_set, val_set, accelerator)
+        with accelerator.main_process_first():
+            run.open(_identity(recipe, train_set, val_set, accelerator), recipe.to_yaml())
         accelerator.wait_for_everyone()
+        if (run / MODEL).exists():
+            _logger.info("%s is done already", run.path)
+        else:
+            _Training(recipe, train_set, val_set, run, accelerator, workers, save_updates, progress).run_to_end()
+            accelerator.wait_for_everyone()
+    finally:
+        AcceleratorState._reset_state()  # else the next run in this process would keep this one's precision
     return Scores.load(run / SCORES).figures()
 
 
@@ -310,14 +314,20 @@ class _Training:
         """Of the validation videos, by weights of the run's folder; the processes share the work."""
         self.accelerator.wait_for_everyone()
         self.plain.load_state_dict(load_file(self.run / weights))
-        return evaluate(
-            self.plain,
-            self.val,
-            batch_size=self.recipe.batch_size // self.recipe.accumulate,
-            workers=self.workers,
-            dtype=DTYPES[self.recipe.precision],
-            progress=self.bars,
-        )
+        try:
+            return evaluate(
+                self.plain,
+                self.val,
+                batch_size=self.recipe.batch_size // self.recipe.accumulate,
+                workers=self.workers,
+                dtype=DTYPES[self.recipe.precision],
+                progress=self.bars,
+            )
+        except ValueError as error:
+            raise TrainingError(
+                f"validation after {self.at.update} updates: {error}. If the weights have grown without bound, start a "
+                "new run with a lower lr, or with clip_grad"
+            ) from error
 
     def save(self) -> None:
         """Saves the state, whole or not at all."""

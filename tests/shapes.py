@@ -27,7 +27,7 @@ def write_shape(
     """One such video: a bright square that crosses the middle, by and large; on the way it is anywhere."""
     dx, dy = DIRECTIONS[direction]
     size, speed = draw.uniform(0.25, 0.4) * side, draw.uniform(0.1, 0.18) * side
-    x, y = draw.uniform(0.3, 0.7, 2) * side
+    x, y = draw.uniform(0.38, 0.62, 2) * side
     ground, colour = draw.integers(0, 30, 3), draw.integers(170, 256, 3)
     rows, columns = np.mgrid[:side, :side] + 0.5
     with av.open(str(path), "w") as output:

@@ -62,7 +62,8 @@ class TrainTransform:
     def _rand_augment(self, clip: Tensor) -> Tensor:
         """timm draws anew for each picture; the generators are set back before each frame, so all are treated alike."""
         colour = tuple(round(255 * value) for value in self.mean)
-        augment = rand_augment_transform(self.rand_augment, {"translate_const": 100, "img_mean": colour})
+        farthest = int(0.45 * min(self.size))  # pixels at magnitude 10; timm's share
+        augment = rand_augment_transform(self.rand_augment, {"translate_const": farthest, "img_mean": colour})
         states = random.getstate(), np.random.get_state()
         pictures = []
         for frame in clip:

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -297,7 +299,8 @@ class _Training:
 
     def validate(self, epoch: int) -> None:
         """Scores of the weights as they are, one view a video; the best are kept."""
-        weights = self.ema.module.state_dict() if self.ema else self.accelerator.get_state_dict(self.model)
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)  # FSDP has a part of it in each process
+        weights = self.ema.module.state_dict() if self.ema else get_model_state_dict(self.model, options=whole)
         if self.main:
             self.run.save_weights(LAST_WEIGHTS, weights)
         figures = self.scores(LAST_WEIGHTS).figures()
@@ -434,6 +437,11 @@ def _check(recipe: Recipe, train_set: Annotations, val_set: Annotations, acceler
         raise TrainingError("the recipe has both pretrained and checkpoint; set pretrained to false")
     if recipe.ema and accelerator.distributed_type == DistributedType.FSDP:
         raise TrainingError("averaged weights (ema) can't be kept under FSDP; set ema to 0, or use DDP")
+    if processes < (asked := int(os.environ.get("WORLD_SIZE", 1))):
+        raise TrainingError(
+            f"{asked} processes were started, but accelerate sees {processes}; without GPUs, set ACCELERATE_USE_CPU=true "
+            "(FSDP can't do without)"
+        )
     if len(train_set.samples) < recipe.batch_size * processes:
         raise TrainingError(
             f"{len(train_set.samples)} videos make no batch of {recipe.batch_size} in each of {processes} processes; "

@@ -439,8 +439,8 @@ def _check(recipe: Recipe, train_set: Annotations, val_set: Annotations, acceler
         raise TrainingError("averaged weights (ema) can't be kept under FSDP; set ema to 0, or use DDP")
     if processes < (asked := int(os.environ.get("WORLD_SIZE", 1))):
         raise TrainingError(
-            f"{asked} processes were started, but accelerate sees {processes}; without GPUs, set ACCELERATE_USE_CPU=true "
-            "(FSDP can't do without)"
+            f"{asked} processes were started, but accelerate sees {processes}; without GPUs, set "
+            "ACCELERATE_USE_CPU=true (FSDP needs GPUs)"
         )
     if len(train_set.samples) < recipe.batch_size * processes:
         raise TrainingError(

@@ -127,7 +127,7 @@ def test_names_that_are_no_text(trained, folder, capsys):
 
 
 def test_standard_output_that_is_full(trained):
-    command = [sys.executable, "-m", "etmamba_timm.cli", "info", "etmamba_ti"]
+    command = [sys.executable, "-m", "etmamba_timm", "info", "etmamba_ti"]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
@@ -221,7 +221,7 @@ def test_info_on_backends(capsys):
 
 def test_as_a_command_into_a_closed_pipe(trained):
     """`etmamba … | head -c 1` ends without a traceback."""
-    command = [sys.executable, "-m", "etmamba_timm.cli", "predict", *["good.mp4"] * 3, *trained]
+    command = [sys.executable, "-m", "etmamba_timm", "predict", *["good.mp4"] * 3, *trained]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.read(1)
     process.stdout.close()

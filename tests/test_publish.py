@@ -134,7 +134,7 @@ def test_a_dry_run_shows_everything_and_asks_nobody(folder, capsys, tmp_path):
 def test_published_and_loaded_by_its_name(folder, tmp_path):
     """Repository made, weights sent by LFS, one commit; another process then loads it from the Hub, bit by bit."""
     (folder / "optimizer.pth").write_bytes(b"not to be sent")
-    publish = [sys.executable, "-m", "etmamba_timm.cli", "publish", str(folder), "me/tiny"]
+    publish = [sys.executable, "-m", "etmamba_timm", "publish", str(folder), "me/tiny"]
     code = "import timm, torch, etmamba_timm; model = timm.create_model('hf-hub:me/tiny', pretrained=True)"
     code += "; torch.save(model.state_dict(), 'out.pth')"
     with HubServer(tmp_path / "repos") as hub:

@@ -8,7 +8,7 @@ import pytest
 import timm
 from videos import write_video
 
-from etmamba_timm.cli import _parser
+from etmamba_timm.cli import parser
 from etmamba_timm.models import VARIANTS, count_cost, find_checkpoint
 
 REPO = Path(__file__).parents[1]
@@ -42,7 +42,7 @@ def test_commands_are_the_parsers():
     lines = re.findall(r"^(?:.*&& )?etmamba (.*?)(?: *#.*)?$", "\n".join(SHELL), re.MULTILINE)
     assert len(lines) > 6
     for line in lines:
-        assert callable(_parser().parse_args(shlex.split(line)).run)
+        assert callable(parser().parse_args(shlex.split(line)).run)
 
 
 def test_table_of_models():

@@ -1,0 +1,159 @@
+"""`etmamba info`, `convert` and `publish`."""
+
+import argparse
+import json
+from pathlib import Path
+
+from .options import DTYPES, positive
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    """Adds the parsers of this module's commands."""
+    info = commands.add_parser("info", help="list the models, or tell one's parameters and multiply-adds")
+    info.add_argument("model", nargs="?", help="a model's name")
+    info.add_argument("--num-frames", type=positive, metavar="T", help="frames of the clip that is counted")
+    info.add_argument("--img-size", type=positive, metavar="S", help="its height and width, in pixels")
+    info.add_argument("--backends", action="store_true", help="tell which scans this machine can run, and why not")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    info.set_defaults(run=_info)
+
+    convert = commands.add_parser("convert", help="make a folder in the Hub's layout of a checkpoint")
+    convert.add_argument("source", type=Path, metavar="SOURCE", help="VideoMamba's .pth, one of training, safetensors")
+    convert.add_argument("folder", type=Path, metavar="OUT_DIR", help="a new folder")
+    convert.add_argument("--tag", help="what the manifest calls it (videomamba_m.k400_f8): labels, licence, figures")
+    convert.add_argument("--num-frames", type=positive, metavar="T", help="resample the temporal positions")
+    convert.add_argument("--img-size", type=positive, nargs="+", metavar="S", help="resample the spatial positions")
+    convert.add_argument("--dtype", choices=DTYPES, help="of the stored weights (default: their own, float32)")
+    convert.add_argument("--labels", type=Path, metavar="FILE", help="the classes' names, one a line, in order")
+    convert.add_argument("--stride", type=positive, metavar="N", help="frames from one of a clip to the next")
+    convert.add_argument("--licence", help="e.g. Apache-2.0")
+    convert.set_defaults(run=_convert)
+
+    publish = commands.add_parser("publish", help="check a folder in the Hub's layout, and upload it")
+    publish.add_argument("folder", type=Path, metavar="DIR", help="a folder that `etmamba convert` made")
+    publish.add_argument("repo", metavar="REPO", help="ORG/NAME on the Hub; made if it isn't there")
+    publish.add_argument("--dry-run", action="store_true", help="check, show everything, upload nothing")
+    publish.add_argument("--private", action="store_true", help="make a new repository private")
+    publish.add_argument("--revision", metavar="BRANCH", help="a branch that is there (default main)")
+    publish.set_defaults(run=_publish)
+
+
+def _info(args: argparse.Namespace) -> int:
+    if args.backends:
+        from ..ops import scan_backends
+
+        backends = scan_backends()
+        if args.json:
+            print(json.dumps(backends))
+        else:
+            print("\n".join(f"{name:12}{reason or 'ready'}" for name, reason in backends.items()))
+        return 0
+    from ..models import VARIANTS
+
+    rows = [_describe(name, args) for name in ([args.model] if args.model else VARIANTS)]
+    if args.json:
+        print(json.dumps(rows[0] if args.model else rows))
+    elif args.model:
+        print("\n".join(f"{key:18}{value}" for key, value in _readable(rows[0]).items()))
+    else:
+        print(f"{'model':20}{'params':>9}{'multiply-adds':>15}  weights")
+        for row in rows:
+            tags = [weights.partition(".")[2] for weights in row["weights"]]
+            weights = ", ".join(tags[:3]) + (f" and {len(tags) - 3} more" if len(tags) > 3 else "") or "none"
+            print(f"{row['model']:20}{row['params'] / 1e6:7.2f} M{row['total_macs'] / 1e9:13.1f} G  {weights}")
+    return 0
+
+
+def _describe(name: str, args: argparse.Namespace) -> dict:
+    import timm
+
+    from ..models import VARIANTS, count_cost
+
+    if name.partition(".")[0] not in VARIANTS:
+        raise ValueError(f"unknown model {name!r}; choose one of {', '.join(VARIANTS)}")
+    model = timm.create_model(name, device="meta")
+    size = (args.img_size, args.img_size) if args.img_size else model.img_size
+    if size[0] % model.patch_size or size[1] % model.patch_size:
+        raise ValueError(f"--img-size is {args.img_size}; it must be a multiple of {model.patch_size}")
+    frames = args.num_frames or model.num_frames
+    cost = count_cost(model, frames, size)
+    return {
+        "model": name,
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "clip": [model.in_chans, frames, *size],
+        "tokens": cost.tokens,
+        "params": cost.params,
+        "macs": cost.macs,
+        "scan_macs": cost.scan_macs,
+        "total_macs": cost.total_macs,
+        "videomamba_macs": cost.videomamba_macs,
+        "weights": timm.list_pretrained(name.partition(".")[0] + ".*"),
+    }
+
+
+def _readable(row: dict) -> dict:
+    return {
+        "model": row["model"],
+        "width, depth": f"{row['embed_dim']}, {row['depth']}",
+        "clip C×T×H×W": "×".join(map(str, row["clip"])),
+        "tokens": row["tokens"],
+        "parameters": f"{row['params'] / 1e6:.2f} M",
+        "multiply-adds": f"{row['total_macs'] / 1e9:.1f} G, {row['scan_macs'] / 1e9:.1f} G of them in the scan",
+        "  as VideoMamba": f"{row['videomamba_macs'] / 1e9:.1f} G, without the inner SSM: not the true cost",
+        "weights": ("\n" + " " * 18).join(map(_told, row["weights"])) or "none",
+    }
+
+
+def _told(name: str) -> str:
+    """What the manifest says of a checkpoint, in a line."""
+    from ..card import views
+    from ..models import find_checkpoint
+
+    entry = find_checkpoint(name)
+    if entry.status == "warm start":
+        return f"{name}: a starting point, from {entry.started_from}"
+    figures = [f"{f['dataset']} {f['metric']} {f['value']} ({views(f)}, {f['whose']})" for f in entry.figures]
+    return f"{name}: {', '.join(figures) or 'no figures'}"
+
+
+def _convert(args: argparse.Namespace) -> int:
+    import torch
+
+    from ..conversion import convert_checkpoint
+
+    if args.img_size and len(args.img_size) > 2:
+        raise ValueError(f"--img-size is {args.img_size}; give one number, or height and width")
+    size = args.img_size and (args.img_size * 2)[:2]
+    report = convert_checkpoint(
+        args.source,
+        args.folder,
+        tag=args.tag,
+        num_frames=args.num_frames,
+        img_size=tuple(size) if size else None,
+        dtype=getattr(torch, args.dtype) if args.dtype else None,
+        label_names=args.labels.read_text(encoding="utf-8").splitlines() if args.labels else None,
+        stride=args.stride,
+        licence=args.licence,
+    )
+    print(report.text())
+    print(f"written       {args.folder}")
+    return 0
+
+
+def _publish(args: argparse.Namespace) -> int:
+    from ..publish import check_folder, check_repo, publish
+
+    check_repo(args.repo)
+    folder = check_folder(args.folder)
+    if not args.dry_run:
+        print(publish(folder, args.repo, private=args.private, revision=args.revision))
+        return 0
+    print(f"{args.repo}, {'private' if args.private else 'public'}, branch {args.revision or 'main'}: would get")
+    print(f"  model.safetensors  {folder.size:,} bytes, sha256 {folder.sha256}")
+    print("  config.json\n  README.md")
+    print("left out: " + (", ".join(folder.left_out) or "nothing"))
+    print("\nREADME.md:\n\n" + folder.card(args.repo))
+    entry = json.dumps({f"{folder.config['architecture']}.TAG": folder.manifest_entry(args.repo)}, indent=2)
+    print("entry for weights/manifest.json:\n\n" + entry)
+    return 0

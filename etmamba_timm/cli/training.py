@@ -1,0 +1,110 @@
+"""`etmamba train` and `eval`."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+from .options import add_dataset, add_model, extra, is_first_process, positive, set_up
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    """Adds the parsers of this module's commands."""
+    train = commands.add_parser("train", help="train a model on a dataset of videos, or go on with it")
+    train.add_argument("--recipe", default="k400", metavar="NAME", help="k400, ssv2, hmdb51, breakfast, or a YAML file")
+    train.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings other than the recipe's")
+    add_dataset(train)
+    train.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="the run's folder")
+    train.add_argument("--save-updates", type=positive, default=500, metavar="N", help="save the state every N updates")
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("eval", help="measure a model's accuracy on a dataset of videos")
+    add_model(evaluate)
+    add_dataset(evaluate)
+    evaluate.add_argument("--subset", default="val", help="train, val or test (default val)")
+    evaluate.add_argument("--batch-size", type=positive, default=8, metavar="B", help="clips at a time (default 8)")
+    evaluate.add_argument("--scores", type=Path, metavar="FILE", help="write all scores, as safetensors")
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+    evaluate.set_defaults(run=_evaluate)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from ..data import read_dataset
+
+    with extra("train"):
+        from ..recipe import load_recipe, parse_overrides
+        from ..train import train
+    given = {"dataset": args.dataset, "split": args.split}
+    settings = parse_overrides(args.set) | {name: value for name, value in given.items() if value is not None}
+    recipe = load_recipe(args.recipe, **settings)
+    parts = [
+        read_dataset(recipe.dataset, args.data, subset, split=recipe.split, annotations=args.annotations)
+        for subset in ("train", "val")
+    ]
+    if is_first_process():
+        logging.getLogger(__package__).setLevel(logging.INFO)
+    figures = train(
+        recipe, *parts, args.output, workers=args.workers, save_updates=args.save_updates, progress=sys.stderr.isatty()
+    )
+    if is_first_process():
+        print(_accuracies(figures))
+        print(f"model: {args.output / 'model'}")
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    import torch
+    import torch.distributed as dist
+
+    from ..data import EvalClips, EvalTransform, read_dataset, with_classes
+    from ..evaluate import evaluate
+    from ..predict import sampling_of
+
+    layout, split = args.dataset or "folders", args.split or 1
+    annotations = read_dataset(layout, args.data, args.subset, split=split, annotations=args.annotations)
+    if args.scores is not None and not args.scores.resolve().parent.is_dir():
+        raise ValueError(f"{args.scores.parent}: no such folder; make it first")
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1:  # started by torchrun or `accelerate launch`
+        if args.device is None and torch.cuda.is_available():
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        dist.init_process_group("nccl" if (args.device or "cpu").startswith("cuda") else "gloo")
+    try:
+        model, options = set_up(args, need_classifier=True)
+        names = model.pretrained_cfg.get("label_names") or ()
+        if len(names) == model.num_classes:
+            annotations = with_classes(annotations, names)
+        elif len(annotations.classes) != model.num_classes:
+            raise ValueError(
+                f"the dataset has {len(annotations.classes)} classes, and the model {model.num_classes} without names"
+            )
+        transform = EvalTransform.from_model(model, size=model.img_size)
+        clips = EvalClips(annotations, transform, sampling_of(model), options["num_clips"], options["num_crops"])
+        scores = evaluate(
+            model, clips, batch_size=args.batch_size, workers=args.workers, dtype=options["dtype"], progress=True
+        )
+    finally:
+        if processes > 1:
+            dist.destroy_process_group()
+    if not is_first_process():
+        return 0
+    if args.scores is not None:
+        scores.save(args.scores)
+    figures, each = scores.figures(), dict(zip(scores.classes, scores.per_class(), strict=True))
+    if args.json:
+        print(json.dumps(figures | {"per_class": each}))
+        return 0
+    width = max(map(len, each))
+    for name, accuracy in each.items():
+        print(f"{name:{width}}  " + ("no videos" if accuracy is None else f"{accuracy:7.2%}"))
+    print(_accuracies(figures))
+    return 0
+
+
+def _accuracies(figures: dict) -> str:
+    text = f"top-1 {figures['top1']:.2%}, top-5 {figures['top5']:.2%}, mean of classes {figures['mean_class']:.2%}, "
+    text += f"{figures['videos']} videos"
+    left_out = [f"{figures[name]} {name}" for name in ("failed", "missing") if figures[name]]
+    return text + (f" ({', '.join(left_out)}, not counted)" if left_out else "")

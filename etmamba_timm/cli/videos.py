@@ -1,0 +1,80 @@
+"""`etmamba predict` and `features`."""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from .options import add_model_and_files, each, positive, set_up
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    """Adds the parsers of this module's commands."""
+    predict = commands.add_parser("predict", help="name the action in video files")
+    add_model_and_files(predict)
+    predict.add_argument("--topk", type=positive, default=5, metavar="K", help="classes to print (default 5)")
+    predict.add_argument("--json", action="store_true", help="print one JSON object a file, each on a line")
+    predict.set_defaults(run=_predict)
+
+    features = commands.add_parser("features", help="write features of video files")
+    add_model_and_files(features)
+    features.add_argument("-o", "--output", type=Path, required=True, help="a .safetensors file")
+    features.set_defaults(run=_features)
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from ..predict import predict, top_classes
+
+    model, options = set_up(args, need_classifier=True)
+
+    def one(file: str) -> str:
+        best = top_classes(model, predict(model, file, **options), args.topk)
+        if args.json:
+            return json.dumps({"file": file, "model": args.model, "predictions": best})
+        return "\n".join([file, *(f"  {p['score']:7.2%}  {p['label']}" for p in best)])
+
+    return each(args, one, lambda text: print(text, flush=True))
+
+
+def _features(args: argparse.Namespace) -> int:
+    from ..predict import extract_features
+
+    if args.output.suffix != ".safetensors":
+        raise ValueError(f"{args.output}: features are written as safetensors; give a name that ends in .safetensors")
+    args.output = args.output.resolve()  # writes through a link
+    if not args.output.parent.is_dir():
+        raise ValueError(f"{args.output.parent}: no such folder; make it first")
+    if args.output.is_dir():
+        raise ValueError(f"{args.output}: is a folder; name a file in it")
+    inputs = [Path(file) for file in args.files] + ([args.checkpoint] if args.checkpoint else [])
+    if args.output.exists() and any(path.exists() and path.samefile(args.output) for path in inputs):
+        raise ValueError(f"{args.output}: is an input; name another file for the features")
+    try:
+        drafts = tempfile.TemporaryDirectory(dir=args.output.parent, prefix=".etmamba-")
+    except OSError as error:
+        raise ValueError(f"{args.output}: can't be written ({error.strerror}); choose another folder") from error
+    with drafts as folder:
+        model, options = set_up(args, need_classifier=False)
+        done = []
+        try:
+            return each(args, lambda file: (file, extract_features(model, file, **options)), done.append)
+        finally:  # also when it is interrupted
+            if done:
+                _write_features(args, done, Path(folder) / args.output.name)
+                print(f"features of {len(done)} of {len(args.files)} files: {args.output}", file=sys.stderr)
+
+
+def _write_features(args: argparse.Namespace, features: list[tuple], draft: Path) -> None:
+    """Writes 'features' [files, D], and the files' names in the metadata; whole or not at all."""
+    import torch
+    from safetensors.torch import save
+
+    files, rows = zip(*features, strict=True)
+    metadata = {"files": json.dumps(files), "model": args.model, "checkpoint": str(args.checkpoint or "")}
+    try:
+        draft.write_bytes(save({"features": torch.stack(rows)}, metadata))
+        os.replace(draft, args.output)
+    except OSError as error:
+        raise ValueError(f"{args.output}: can't be written ({error.strerror})") from error

@@ -215,6 +215,23 @@ def test_runs_that_cannot_be(recipe, data, tmp_path, settings, said, capsys):
     assert said in capsys.readouterr().err
 
 
+def test_without_the_extra_it_says_what_to_install(recipe, data, tmp_path):
+    code = (
+        "import sys; sys.modules['accelerate'] = None; from etmamba_timm.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, *arguments(recipe, data, tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert "accelerate isn't installed; pip install 'etmamba-timm[train]'" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_do_not_see_each_other_are_refused(recipe, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(arguments(recipe, data, tmp_path / "run")) == 2
+    assert "2 processes were started, but accelerate sees 1" in capsys.readouterr().err
+
+
 def test_from_scratch_it_tells_held_out_directions_apart(recipe, tmp_path):
     write_shapes(tmp_path / "train", 256, seed=0)
     write_shapes(tmp_path / "val", 50, seed=1)

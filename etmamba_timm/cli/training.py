@@ -70,7 +70,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if processes > 1:  # started by torchrun or `accelerate launch`
         if args.device is None and torch.cuda.is_available():
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        dist.init_process_group("nccl" if (args.device or "cpu").startswith("cuda") else "gloo")
+        dist.init_process_group("gloo")  # for the scores, which are on the CPU
     try:
         model, options = set_up(args, need_classifier=True)
         names = model.pretrained_cfg.get("label_names") or ()

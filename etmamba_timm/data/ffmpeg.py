@@ -7,11 +7,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import av
 import numpy as np
 from av.container import InputContainer
 from av.video.stream import VideoStream
+
+if TYPE_CHECKING:
+    from .huggingface import EmbeddedVideo
 
 _logger = logging.getLogger(__name__)
 
@@ -25,13 +29,13 @@ class VideoError(ValueError):
     """Something is wrong with a video file; the message names the file, the trouble and a remedy."""
 
 
-def check_file(path: Path) -> None:
+def check_file(path: "Path | EmbeddedVideo") -> None:
     """Raise VideoError for what is no video at first sight.
 
     FFmpeg would draw a text as pictures, and would open whatever files and addresses a playlist names.
     """
     try:
-        mode = path.stat().st_mode
+        mode = path.stat().st_mode if isinstance(path, Path) else stat.S_IFREG
         if stat.S_ISDIR(mode):
             raise VideoError(f"{path}: is a directory; name one video file in it")
         if not stat.S_ISREG(mode):
@@ -49,11 +53,12 @@ def check_file(path: Path) -> None:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+def opened(path: "Path | EmbeddedVideo") -> Iterator[tuple[InputContainer, VideoStream]]:
     """The open file and its first video stream that is not a cover."""
     try:
         # The absolute path, so that `a:b.mp4` is not taken for an address.
-        container = av.open(str(path.absolute()), metadata_errors="replace")
+        source = str(path.absolute()) if isinstance(path, Path) else path.open()
+        container = av.open(source, metadata_errors="replace")
     except av.FFmpegError as error:
         raise VideoError(
             f"{path}: cannot be read as a video ({error.strerror}); it looks truncated or damaged, or its format is "
@@ -119,10 +124,11 @@ def rotation_of(frame: av.VideoFrame) -> int:
     return round(math.degrees(math.atan2(b, a)) / 90) * 90 % 360
 
 
-def is_cut_off(path: Path) -> bool:
+def is_cut_off(path: "Path | EmbeddedVideo") -> bool:
     """Whether an mp4 ends before its last box does (ISO 14496-12, 4.2). Of other formats it cannot be told: False."""
-    size, end = path.stat().st_size, 0
+    end = 0
     with path.open("rb") as file:
+        size = file.seek(0, 2)
         while end < size:
             file.seek(end)
             head = file.read(16)

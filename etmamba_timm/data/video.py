@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import ffmpeg
 from .ffmpeg import VideoError
+from .huggingface import EmbeddedVideo
 
 _logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class VideoInfo:
         duration: seconds; 0 if the file does not tell.
     """
 
-    path: Path
+    path: Path | EmbeddedVideo
     num_frames: int
     height: int
     width: int
@@ -52,7 +53,7 @@ class VideoInfo:
 
 
 class VideoReader:
-    """Reads frames of the video file at `path`; `info` says what it holds.
+    """Reads frames of the video file at `path`, or of a video in a dataset's row; `info` says what it holds.
 
     It keeps the file's index but not the file open: it needs no closing and can be pickled. Of several video streams it
     reads the first. A frame that cannot be decoded is replaced by the nearest earlier one that can (by a later one, if
@@ -63,8 +64,8 @@ class VideoReader:
         VideoError: there is no such file, it is empty, cut off or no video, or none of its frames can be decoded.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path | EmbeddedVideo) -> None:
+        self.path = path if isinstance(path, EmbeddedVideo) else Path(path)
         self._warned = False
         ffmpeg.check_file(self.path)
         with ffmpeg.opened(self.path) as (container, stream):

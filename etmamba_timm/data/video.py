@@ -10,6 +10,7 @@ import logging
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from operator import index as as_index
 from pathlib import Path
@@ -25,7 +26,7 @@ from .huggingface import EmbeddedVideo
 
 _logger = logging.getLogger(__name__)
 
-_TIMED = ("mov", "matroska", "flv")  # containers that store when each frame is shown; elsewhere it is worked out
+_TIMED = ("mov", "matroska", "flv")  # containers that store when each frame is shown; elsewhere FFmpeg works it out
 _NEAR = 12  # frames that are decoded sooner than skipped
 _LATE = 16  # frames by which a decoder may be late; a wanted frame that is later is lost
 
@@ -67,11 +68,19 @@ class VideoReader:
     def __init__(self, path: str | Path | EmbeddedVideo) -> None:
         self.path = path if isinstance(path, EmbeddedVideo) else Path(path)
         self._warned = False
+        self._given: dict[int, int] | None = None  # times of packets that are worked out, by their places in the file
         ffmpeg.check_file(self.path)
         with ffmpeg.opened(self.path) as (container, stream):
+            timed, is_avi = container.format.name.startswith(_TIMED), container.format.name == "avi"
             packets = ffmpeg.packets_of(container, stream)
-            shown = [(packet.pts, packet.is_keyframe) for packet in packets if not ffmpeg.is_hidden(packet, stream)]
-            timed = container.format.name.startswith(_TIMED)
+            packets = (packet for packet in packets if not ffmpeg.is_hidden(packet, stream))
+            if is_avi:
+                stored = [(p.pos, p.dts, p.pts, p.is_keyframe, ffmpeg.is_b_frame(p, stream)) for p in packets]
+                self._given = ffmpeg.times_in_avi([(pos, dts, is_b) for pos, dts, _, _, is_b in stored])
+                timed = self._given is not None
+                shown = [(self._given[pos] if timed else pts, is_key) for pos, _, pts, is_key, _ in stored]
+            else:
+                shown = [(packet.pts, packet.is_keyframe) for packet in packets]
             tick = float(stream.time_base or 0)
             rate = float(stream.average_rate or stream.guessed_rate or 0)
         count, times = len(shown), {time for time, _ in shown}
@@ -125,19 +134,20 @@ class VideoReader:
     def _read_from_keyframes(self, rows: dict[int, int], pictures: np.ndarray) -> list[int]:
         """Fill `pictures[row]` for each of `{number: row}`, ascending; return those numbers that did not come."""
         todo, missed = deque(rows), []
-        while todo:
-            start = self._key_before(todo[0])
-            for number, frame in self._numbered(start):
-                if number in todo:
-                    pictures[rows[number]] = self._picture(frame)
-                    todo.remove(number)
-                while todo and todo[0] < number - _LATE:
-                    missed.append(todo.popleft())
-                if not todo or self._key_before(todo[0]) > max(start, number + _NEAR):
-                    break  # done, or the next one is had sooner from a later keyframe
-            else:
-                missed += todo
-                todo.clear()
+        with ffmpeg.opened(self.path) as file:
+            while todo:
+                start = self._key_before(todo[0])
+                for number, frame in self._numbered(start, file):
+                    if number in todo:
+                        pictures[rows[number]] = self._picture(frame)
+                        todo.remove(number)
+                    while todo and todo[0] < number - _LATE:
+                        missed.append(todo.popleft())
+                    if not todo or self._key_before(todo[0]) > max(start, number + _NEAR):
+                        break  # done, or the next one is had sooner from a later keyframe
+                else:
+                    missed += todo
+                    todo.clear()
         return missed
 
     def _read_from_start(self, missed: list[int], rows: dict[int, int], pictures: np.ndarray) -> int:
@@ -163,9 +173,9 @@ class VideoReader:
         """The last frame, up to `number`, that decoding can start from."""
         return self._keys[bisect_right(self._keys, number) - 1]
 
-    def _numbered(self, start: int) -> Iterator[tuple[int, av.VideoFrame]]:
+    def _numbered(self, start: int, file: tuple | None = None) -> Iterator[tuple[int, av.VideoFrame]]:
         """The decodable frames with their numbers, from keyframe `start` or an earlier one on."""
-        for count, frame in enumerate(self._frames(start)):
+        for count, frame in enumerate(self._frames(start, file)):
             if self._times is None:
                 yield count, frame
             elif frame.pts is not None:
@@ -173,14 +183,19 @@ class VideoReader:
                 if number < len(self._times) and self._times[number] == frame.pts:
                     yield number, frame
 
-    def _frames(self, start: int = 0) -> Iterator[av.VideoFrame]:
-        """The decodable frames in the order of showing, from keyframe `start` or an earlier one on."""
-        with ffmpeg.opened(self.path) as (container, stream):
+    def _frames(self, start: int = 0, file: tuple | None = None) -> Iterator[av.VideoFrame]:
+        """The decodable frames in the order of showing, from keyframe `start` or an earlier one on.
+
+        `file` is the file if it is open; for `start` 0 as it was opened.
+        """
+        with nullcontext(file) if file else ffmpeg.opened(self.path) as (container, stream):
             if start:
                 packets = ffmpeg.packets_from(container, stream, self._times[start])
             else:
                 packets = ffmpeg.packets_of(container, stream)
             if packets is not None:
+                if self._given:
+                    packets = ffmpeg.timed(packets, self._given)
                 yield from ffmpeg.decode(packets, stream)
                 return
         yield from self._frames()  # the file cannot be entered there

@@ -54,7 +54,7 @@ class TrainTransform:
             clip = functional.horizontal_flip(clip)
         if self.rand_augment:
             clip = self._rand_augment(clip)
-        clip = clip.transpose(0, 1).float().div_(255)  # -> [3, T, h, w]
+        clip = clip.transpose(0, 1).contiguous().float().div_(255)  # -> [3, T, h, w], and so in memory
         mean, std = (clip.new_tensor(values).view(-1, 1, 1, 1) for values in (self.mean, self.std))
         clip = clip.sub_(mean).div_(std)
         if self.erasing:

@@ -72,29 +72,32 @@ class VideoReader:
         ffmpeg.check_file(self.path)
         with ffmpeg.opened(self.path) as (container, stream):
             timed, is_avi = container.format.name.startswith(_TIMED), container.format.name == "avi"
-            packets = ffmpeg.packets_of(container, stream)
-            packets = (packet for packet in packets if not ffmpeg.is_hidden(packet, stream))
-            if is_avi:
-                stored = [(p.pos, p.dts, p.pts, p.is_keyframe, ffmpeg.is_b_frame(p, stream)) for p in packets]
-                self._given = ffmpeg.times_in_avi([(pos, dts, is_b) for pos, dts, _, _, is_b in stored])
-                timed = self._given is not None
-                shown = [(self._given[pos] if timed else pts, is_key) for pos, _, pts, is_key, _ in stored]
-            else:
-                shown = [(packet.pts, packet.is_keyframe) for packet in packets]
+            stored = []  # of each packet with a frame to show: time of showing, whether a keyframe, place and order
+
+            def indexed() -> Iterator[av.Packet]:
+                for packet in ffmpeg.packets_of(container, stream):
+                    if not ffmpeg.is_hidden(packet, stream):
+                        is_b = ffmpeg.is_b_frame(packet, stream) if is_avi else None
+                        stored.append((packet.pts, packet.is_keyframe, packet.pos, packet.dts, is_b))
+                    yield packet
+
+            packets = indexed()
+            first = next(ffmpeg.decode(packets, stream), None)  # it tells size and rotation
+            deque(packets, maxlen=0)  # the rest isn't decoded
             tick = float(stream.time_base or 0)
             rate = float(stream.average_rate or stream.guessed_rate or 0)
+        if is_avi:
+            self._given = ffmpeg.times_in_avi([packet[2:] for packet in stored])
+        shown = [(self._given[pos] if self._given else pts, is_key) for pts, is_key, pos, *_ in stored]
         count, times = len(shown), {time for time, _ in shown}
-
-        # The first frame tells size and rotation. Where times are in doubt, all frames must be seen to keep them.
-        frames = self._frames()
-        first = next(frames, None)
         if first is None:
             raise VideoError(
                 f"{self.path}: none of its {count} frames can be decoded; it looks damaged: copy or download it again"
             )
+        # Where times are in doubt, all frames must be seen to keep them.
         known = None not in times and len(times) == count
-        if not (known and timed and first.pts in times):
-            seen = [first.pts, *(frame.pts for frame in frames)]
+        if not (known and (self._given or (timed and first.pts in times))):
+            seen = [frame.pts for frame in self._frames()]
             if not (known and times.issuperset(seen) and seen == sorted(seen)):
                 known, count = False, len(seen)
 

@@ -112,17 +112,16 @@ def decode(packets: Iterable[av.Packet], stream: VideoStream) -> Iterator[av.Vid
             yield from frames
 
 
-def is_hidden(packet: av.Packet, stream: VideoStream) -> bool:
+def is_hidden(packet: av.Packet, codec: str) -> bool:
     """Whether a packet holds no frame to show: cut away by an edit list, or only referred to (RFC 6386, 9.1)."""
-    return packet.is_discard or (stream.codec_context.name == "vp8" and not bytes(packet)[0] & 0x10)
+    return packet.is_discard or (codec == "vp8" and not bytes(packet)[0] & 0x10)
 
 
-def is_b_frame(packet: av.Packet, stream: VideoStream) -> bool | None:
+def is_b_frame(packet: av.Packet, codec: str) -> bool | None:
     """Whether a packet's frame is shown sooner than the reference stored before it; None if that isn't sure.
 
     Known of codecs without such frames, and of MPEG-4's visual part (ISO 14496-2, 6.2.5) in packets of one frame each.
     """
-    codec = stream.codec_context.name
     if codec in _IN_ORDER:
         return False
     if codec != "mpeg4":

@@ -72,12 +72,13 @@ class VideoReader:
         ffmpeg.check_file(self.path)
         with ffmpeg.opened(self.path) as (container, stream):
             timed, is_avi = container.format.name.startswith(_TIMED), container.format.name == "avi"
+            codec = stream.codec_context.name
             stored = []  # of each packet with a frame to show: time of showing, whether a keyframe, place and order
 
             def indexed() -> Iterator[av.Packet]:
                 for packet in ffmpeg.packets_of(container, stream):
-                    if not ffmpeg.is_hidden(packet, stream):
-                        is_b = ffmpeg.is_b_frame(packet, stream) if is_avi else None
+                    if not ffmpeg.is_hidden(packet, codec):
+                        is_b = ffmpeg.is_b_frame(packet, codec) if is_avi else None
                         stored.append((packet.pts, packet.is_keyframe, packet.pos, packet.dts, is_b))
                     yield packet
 

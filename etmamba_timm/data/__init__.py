@@ -13,6 +13,7 @@ from .annotations import (
 from .augment import TrainTransform
 from .dataset import EvalClips, Sampling, TrainClips, collate
 from .ffmpeg import VideoError
+from .huggingface import EmbeddedVideo, read_huggingface
 from .layouts import LAYOUTS, SUBSETS, read_dataset, with_classes
 from .sampling import random_clip, random_segments, sample_clips, sample_segments
 from .transforms import EvalTransform
@@ -23,6 +24,7 @@ __all__ = [
     "SUBSETS",
     "AnnotationError",
     "Annotations",
+    "EmbeddedVideo",
     "EvalClips",
     "EvalTransform",
     "Sampling",
@@ -40,6 +42,7 @@ __all__ = [
     "read_folders",
     "read_frames",
     "read_hmdb51",
+    "read_huggingface",
     "read_kinetics",
     "read_list",
     "read_ssv2",

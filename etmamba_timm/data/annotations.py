@@ -7,6 +7,10 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .huggingface import EmbeddedVideo
 
 _logger = logging.getLogger(__name__)
 
@@ -29,12 +33,12 @@ class Annotations:
     """A dataset's videos.
 
     Attributes:
-        samples: (file, class index) of each video that is there.
+        samples: (file, class index) of each video that is there; a file is what `VideoReader` takes.
         classes: names of the classes.
         missing: files, or names of files, that were listed but aren't there.
     """
 
-    samples: list[tuple[Path, int]]
+    samples: list[tuple["Path | EmbeddedVideo", int]]
     classes: list[str]
     missing: list[str]
 
@@ -62,7 +66,7 @@ def read_list(path: str | Path, root: str | Path | None = None, classes: list[st
     """
     path = Path(path)
     root = _folder(root or path.parent)
-    return _from_rows(list_rows(path), classes, lambda video: root / video, path)
+    return from_rows(list_rows(path), classes, lambda video: root / video, path)
 
 
 def list_rows(path: Path) -> list[tuple[str, str]]:
@@ -91,8 +95,8 @@ def read_kinetics(csv_file: str | Path, root: str | Path, classes: list[str] | N
     """
     csv_file = Path(csv_file)
     find = _finder(root)
-    return _from_rows(
-        kinetics_rows(csv_file), classes, lambda names: next(filter(None, map(find, names)), names[0]), csv_file
+    return from_rows(
+        kinetics_rows(csv_file), classes, lambda names: next(filter(None, map(find, names)), Path(names[0])), csv_file
     )
 
 
@@ -136,7 +140,7 @@ def read_ssv2(annotations: str | Path, root: str | Path, labels: str | Path | No
         raise AnnotationError(
             f"{labels} numbers its classes {sorted(index.values())[:5]}...; wanted 0 to {len(index) - 1}"
         )
-    return _from_rows(entries, sorted(index, key=index.get), lambda name: find(name) or name, annotations)
+    return from_rows(entries, sorted(index, key=index.get), lambda name: find(name) or Path(name), annotations)
 
 
 def read_hmdb51(root: str | Path, splits: str | Path, split: int = 1, subset: str = "train") -> Annotations:
@@ -156,8 +160,8 @@ def read_hmdb51(root: str | Path, splits: str | Path, split: int = 1, subset: st
             if use == HMDB51_SPLITS[subset]:
                 rows.append((Path(video.strip()).stem, file.name.removesuffix(ending)))
     find = _finder(root)
-    return _from_rows(
-        rows, [f.name.removesuffix(ending) for f in files], lambda name: find(name) or name, files[0].parent
+    return from_rows(
+        rows, [f.name.removesuffix(ending) for f in files], lambda name: find(name) or Path(name), files[0].parent
     )
 
 
@@ -185,7 +189,13 @@ def read_breakfast(root: str | Path, split: int = 1, subset: str = "train") -> A
     return Annotations(samples, list(BREAKFAST), [])
 
 
-def _from_rows(rows: list, classes: list[str] | None, locate: Callable, source: Path) -> Annotations:
+def from_rows(
+    rows: list,
+    classes: list[str] | None,
+    locate: Callable,
+    source: Path | str,
+    remedy: str = "give the folder that holds them as root",
+) -> Annotations:
     """Rows of (what `locate` takes, label) -> annotations; a file that isn't there is listed as missing."""
     if not rows:
         raise AnnotationError(f"{source} lists no videos")
@@ -198,15 +208,14 @@ def _from_rows(rows: list, classes: list[str] | None, locate: Callable, source: 
         raise AnnotationError(f"{source}: labels {unknown[:5]} are none of the {len(classes)} classes {classes[:5]}...")
     samples, missing = [], []
     for what, label in rows:
-        found = Path(locate(what))
+        found = locate(what)
         if found.is_file():
             samples.append((found, index[label] if label in index else int(label)))
         else:
             missing.append(str(found))
     if len(missing) > MOST_MISSING * len(rows):
         raise AnnotationError(
-            f"{source} lists {len(rows)} videos, {len(missing)} of which aren't there (first: {missing[0]}); "
-            "give the folder that holds them as root"
+            f"{source} lists {len(rows)} videos, {len(missing)} of which aren't there (first: {missing[0]}); {remedy}"
         )
     if missing:
         _logger.warning(

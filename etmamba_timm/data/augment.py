@@ -10,6 +10,8 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms.v2 import RandomResizedCrop, functional
 
+MOST_MAGNITUDE = 9.99  # at 10, timm would posterise to 0 bits: a black picture, and an error of newer Pillows
+
 
 @dataclass(frozen=True)
 class TrainTransform:
@@ -23,7 +25,8 @@ class TrainTransform:
         scale: least and most share of the frame's area that the crop covers; (1, 1) with `ratio` (1, 1) crops a square.
         ratio: least and most of the crop's width to height.
         flip: chance of a mirror image. 0 where left and right are the class (Something-Something).
-        rand_augment: timm's configuration, or '' for none. The paper's: magnitude 9, its deviation 0.5.
+        rand_augment: timm's configuration, or '' for none. The paper's: magnitude 9, its deviation 0.5. Magnitudes end
+            just below 10, whatever `mmax` says.
         erasing: chance of random erasing, with noise; the same rectangle in all frames.
     """
 
@@ -51,7 +54,7 @@ class TrainTransform:
             clip = functional.horizontal_flip(clip)
         if self.rand_augment:
             clip = self._rand_augment(clip)
-        clip = clip.transpose(0, 1).float().div_(255)  # -> [3, T, h, w]
+        clip = clip.transpose(0, 1).contiguous().float().div_(255)  # -> [3, T, h, w], and so in memory
         mean, std = (clip.new_tensor(values).view(-1, 1, 1, 1) for values in (self.mean, self.std))
         clip = clip.sub_(mean).div_(std)
         if self.erasing:
@@ -63,7 +66,8 @@ class TrainTransform:
         """timm draws anew for each picture; the generators are set back before each frame, so all are treated alike."""
         colour = tuple(round(255 * value) for value in self.mean)
         farthest = int(0.45 * min(self.size))  # pixels at magnitude 10; timm's share
-        augment = rand_augment_transform(self.rand_augment, {"translate_const": farthest, "img_mean": colour})
+        settings = {"translate_const": farthest, "img_mean": colour, "magnitude_max": MOST_MAGNITUDE}
+        augment = rand_augment_transform(self.rand_augment, settings)
         states = random.getstate(), np.random.get_state()
         pictures = []
         for frame in clip:

@@ -3,21 +3,27 @@
 import logging
 import math
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import av
 import numpy as np
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
+if TYPE_CHECKING:
+    from .huggingface import EmbeddedVideo
+
 _logger = logging.getLogger(__name__)
 
 _ATTACHED_PICTURE = 0x400  # FFmpeg's mark of a cover, as music files have one
 # Demuxers that draw bytes as pictures, or open what a list names.
 _NO_VIDEO = {"tty", "cdg", "bin", "concat", "hls", "dash", "sdp", "rtsp"}
+_IN_ORDER = {"mjpeg", "msmpeg4v1", "msmpeg4v2", "msmpeg4"}  # codecs that show frames as they are stored
+_VOP = b"\0\0\1\xb6"  # begins a frame of MPEG-4's visual part
 _FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")  # what an mp4 or mov may begin with
 
 
@@ -25,13 +31,13 @@ class VideoError(ValueError):
     """Something is wrong with a video file; the message names the file, the trouble and a remedy."""
 
 
-def check_file(path: Path) -> None:
+def check_file(path: "Path | EmbeddedVideo") -> None:
     """Raise VideoError for what is no video at first sight.
 
     FFmpeg would draw a text as pictures, and would open whatever files and addresses a playlist names.
     """
     try:
-        mode = path.stat().st_mode
+        mode = path.stat().st_mode if isinstance(path, Path) else stat.S_IFREG
         if stat.S_ISDIR(mode):
             raise VideoError(f"{path}: is a directory; name one video file in it")
         if not stat.S_ISREG(mode):
@@ -49,11 +55,12 @@ def check_file(path: Path) -> None:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+def opened(path: "Path | EmbeddedVideo") -> Iterator[tuple[InputContainer, VideoStream]]:
     """The open file and its first video stream that is not a cover."""
     try:
         # The absolute path, so that `a:b.mp4` is not taken for an address.
-        container = av.open(str(path.absolute()), metadata_errors="replace")
+        source = str(path.absolute()) if isinstance(path, Path) else path.open()
+        container = av.open(source, metadata_errors="replace")
     except av.FFmpegError as error:
         raise VideoError(
             f"{path}: cannot be read as a video ({error.strerror}); it looks truncated or damaged, or its format is "
@@ -105,9 +112,54 @@ def decode(packets: Iterable[av.Packet], stream: VideoStream) -> Iterator[av.Vid
             yield from frames
 
 
-def is_hidden(packet: av.Packet, stream: VideoStream) -> bool:
+def is_hidden(packet: av.Packet, codec: str) -> bool:
     """Whether a packet holds no frame to show: cut away by an edit list, or only referred to (RFC 6386, 9.1)."""
-    return packet.is_discard or (stream.codec_context.name == "vp8" and not bytes(packet)[0] & 0x10)
+    return packet.is_discard or (codec == "vp8" and not bytes(packet)[0] & 0x10)
+
+
+def is_b_frame(packet: av.Packet, codec: str) -> bool | None:
+    """Whether a packet's frame is shown sooner than the reference stored before it; None if that isn't sure.
+
+    Known of codecs without such frames, and of MPEG-4's visual part (ISO 14496-2, 6.2.5) in packets of one frame each.
+    """
+    if codec in _IN_ORDER:
+        return False
+    if codec != "mpeg4":
+        return None
+    data = bytes(packet)
+    start = data.find(_VOP)
+    # Two frames may be packed together, and then a stub of a packet says `nothing new`.
+    if start < 0 or len(data) < start + 12 or data.find(_VOP, start + 4) >= 0:
+        return None
+    return data[start + 4] >> 6 == 2
+
+
+def times_in_avi(stored: Sequence[tuple[int, int | None, bool | None]]) -> dict[int, int] | None:
+    """When the frames of an AVI's packets are shown, by the packets' places in the file; None if that isn't sure.
+
+    An AVI tells when frames are stored only; a reference is shown when the next one is stored.
+
+    Args:
+        stored: place, time of storing and `is_b_frame` of each packet.
+    """
+    places, times, b_frames = zip(*stored, strict=True) if stored else ((), (), ())
+    if None in (*times, *b_frames) or len(set(places)) < len(stored) or len(set(times)) < len(stored):
+        return None
+    order, reference = [], []
+    for place, is_b in zip(places, b_frames, strict=True):
+        if is_b:
+            order.append(place)
+        else:
+            order += reference
+            reference = [place]
+    return dict(zip(order + reference, sorted(times), strict=True))
+
+
+def timed(packets: Iterable[av.Packet], times: dict[int, int]) -> Iterator[av.Packet]:
+    """The packets with these times of showing, by their places in the file, instead of their own."""
+    for packet in packets:
+        packet.pts, packet.dts = times.get(packet.pos), None
+        yield packet
 
 
 def rotation_of(frame: av.VideoFrame) -> int:
@@ -119,10 +171,11 @@ def rotation_of(frame: av.VideoFrame) -> int:
     return round(math.degrees(math.atan2(b, a)) / 90) * 90 % 360
 
 
-def is_cut_off(path: Path) -> bool:
+def is_cut_off(path: "Path | EmbeddedVideo") -> bool:
     """Whether an mp4 ends before its last box does (ISO 14496-12, 4.2). Of other formats it cannot be told: False."""
-    size, end = path.stat().st_size, 0
+    end = 0
     with path.open("rb") as file:
+        size = file.seek(0, 2)
         while end < size:
             file.seek(end)
             head = file.read(16)

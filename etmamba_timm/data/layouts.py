@@ -16,6 +16,7 @@ from .annotations import (
     read_list,
     read_ssv2,
 )
+from .huggingface import classes_in, load_huggingface, read_huggingface
 
 SUBSETS = ("train", "val", "test")
 _ALSO = {"train": ("train",), "val": ("val", "validate", "validation", "valid"), "test": ("test",)}
@@ -34,6 +35,7 @@ def read_dataset(
             'ssv2': labels.json, train.json, validation.json, with or without 'something-something-v2-' before.
             'hmdb51': <class>_test_split<n>.txt; 'val' and 'test' are one.
             'breakfast': no files of its own; 'val' and 'test' are one.
+            'huggingface': a dataset that `datasets` loads from the folder, with the columns video and label.
         root: the folder of the videos.
         subset: 'train', 'val' or 'test'.
         split: of HMDB-51 (1 to 3) and Breakfast (1 to 4).
@@ -110,6 +112,15 @@ def _breakfast(root: Path, annotations: Path, subset: str, split: int) -> Annota
     return read_breakfast(root, split, "train" if subset == "train" else "test")
 
 
+def _huggingface(root: Path, annotations: Path, subset: str, split: int) -> Annotations:
+    parts = load_huggingface(root)
+    name = next((name for name in _ALSO[subset] if name in parts), None)
+    if name is None:
+        raise AnnotationError(f"{root} has the splits {', '.join(parts)}; there is no {subset!r} among them")
+    classes = classes_in(parts["train"]) if "train" in parts else None  # they number those of all parts
+    return read_huggingface(parts[name], classes=classes)
+
+
 LAYOUTS = {
     "folders": _folders,
     "list": _list,
@@ -117,6 +128,7 @@ LAYOUTS = {
     "ssv2": _ssv2,
     "hmdb51": _hmdb51,
     "breakfast": _breakfast,
+    "huggingface": _huggingface,
 }
 
 

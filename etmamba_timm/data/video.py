@@ -10,6 +10,7 @@ import logging
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from operator import index as as_index
 from pathlib import Path
@@ -21,10 +22,11 @@ from torch import Tensor
 
 from . import ffmpeg
 from .ffmpeg import VideoError
+from .huggingface import EmbeddedVideo
 
 _logger = logging.getLogger(__name__)
 
-_TIMED = ("mov", "matroska", "flv")  # containers that store when each frame is shown; elsewhere it is worked out
+_TIMED = ("mov", "matroska", "flv")  # containers that store when each frame is shown; elsewhere FFmpeg works it out
 _NEAR = 12  # frames that are decoded sooner than skipped
 _LATE = 16  # frames by which a decoder may be late; a wanted frame that is later is lost
 
@@ -42,7 +44,7 @@ class VideoInfo:
         duration: seconds; 0 if the file does not tell.
     """
 
-    path: Path
+    path: Path | EmbeddedVideo
     num_frames: int
     height: int
     width: int
@@ -52,7 +54,7 @@ class VideoInfo:
 
 
 class VideoReader:
-    """Reads frames of the video file at `path`; `info` says what it holds.
+    """Reads frames of the video file at `path`, or of a video in a dataset's row; `info` says what it holds.
 
     It keeps the file's index but not the file open: it needs no closing and can be pickled. Of several video streams it
     reads the first. A frame that cannot be decoded is replaced by the nearest earlier one that can (by a later one, if
@@ -63,28 +65,40 @@ class VideoReader:
         VideoError: there is no such file, it is empty, cut off or no video, or none of its frames can be decoded.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path | EmbeddedVideo) -> None:
+        self.path = path if isinstance(path, EmbeddedVideo) else Path(path)
         self._warned = False
+        self._given: dict[int, int] | None = None  # times of packets that are worked out, by their places in the file
         ffmpeg.check_file(self.path)
         with ffmpeg.opened(self.path) as (container, stream):
-            packets = ffmpeg.packets_of(container, stream)
-            shown = [(packet.pts, packet.is_keyframe) for packet in packets if not ffmpeg.is_hidden(packet, stream)]
-            timed = container.format.name.startswith(_TIMED)
+            timed, is_avi = container.format.name.startswith(_TIMED), container.format.name == "avi"
+            codec = stream.codec_context.name
+            stored = []  # of each packet with a frame to show: time of showing, whether a keyframe, place and order
+
+            def indexed() -> Iterator[av.Packet]:
+                for packet in ffmpeg.packets_of(container, stream):
+                    if not ffmpeg.is_hidden(packet, codec):
+                        is_b = ffmpeg.is_b_frame(packet, codec) if is_avi else None
+                        stored.append((packet.pts, packet.is_keyframe, packet.pos, packet.dts, is_b))
+                    yield packet
+
+            packets = indexed()
+            first = next(ffmpeg.decode(packets, stream), None)  # it tells size and rotation
+            deque(packets, maxlen=0)  # the rest isn't decoded
             tick = float(stream.time_base or 0)
             rate = float(stream.average_rate or stream.guessed_rate or 0)
+        if is_avi:
+            self._given = ffmpeg.times_in_avi([packet[2:] for packet in stored])
+        shown = [(self._given[pos] if self._given else pts, is_key) for pts, is_key, pos, *_ in stored]
         count, times = len(shown), {time for time, _ in shown}
-
-        # The first frame tells size and rotation. Where times are in doubt, all frames must be seen to keep them.
-        frames = self._frames()
-        first = next(frames, None)
         if first is None:
             raise VideoError(
                 f"{self.path}: none of its {count} frames can be decoded; it looks damaged: copy or download it again"
             )
+        # Where times are in doubt, all frames must be seen to keep them.
         known = None not in times and len(times) == count
-        if not (known and timed and first.pts in times):
-            seen = [first.pts, *(frame.pts for frame in frames)]
+        if not (known and (self._given or (timed and first.pts in times))):
+            seen = [frame.pts for frame in self._frames()]
             if not (known and times.issuperset(seen) and seen == sorted(seen)):
                 known, count = False, len(seen)
 
@@ -124,19 +138,20 @@ class VideoReader:
     def _read_from_keyframes(self, rows: dict[int, int], pictures: np.ndarray) -> list[int]:
         """Fill `pictures[row]` for each of `{number: row}`, ascending; return those numbers that did not come."""
         todo, missed = deque(rows), []
-        while todo:
-            start = self._key_before(todo[0])
-            for number, frame in self._numbered(start):
-                if number in todo:
-                    pictures[rows[number]] = self._picture(frame)
-                    todo.remove(number)
-                while todo and todo[0] < number - _LATE:
-                    missed.append(todo.popleft())
-                if not todo or self._key_before(todo[0]) > max(start, number + _NEAR):
-                    break  # done, or the next one is had sooner from a later keyframe
-            else:
-                missed += todo
-                todo.clear()
+        with ffmpeg.opened(self.path) as file:
+            while todo:
+                start = self._key_before(todo[0])
+                for number, frame in self._numbered(start, file):
+                    if number in todo:
+                        pictures[rows[number]] = self._picture(frame)
+                        todo.remove(number)
+                    while todo and todo[0] < number - _LATE:
+                        missed.append(todo.popleft())
+                    if not todo or self._key_before(todo[0]) > max(start, number + _NEAR):
+                        break  # done, or the next one is had sooner from a later keyframe
+                else:
+                    missed += todo
+                    todo.clear()
         return missed
 
     def _read_from_start(self, missed: list[int], rows: dict[int, int], pictures: np.ndarray) -> int:
@@ -162,9 +177,9 @@ class VideoReader:
         """The last frame, up to `number`, that decoding can start from."""
         return self._keys[bisect_right(self._keys, number) - 1]
 
-    def _numbered(self, start: int) -> Iterator[tuple[int, av.VideoFrame]]:
+    def _numbered(self, start: int, file: tuple | None = None) -> Iterator[tuple[int, av.VideoFrame]]:
         """The decodable frames with their numbers, from keyframe `start` or an earlier one on."""
-        for count, frame in enumerate(self._frames(start)):
+        for count, frame in enumerate(self._frames(start, file)):
             if self._times is None:
                 yield count, frame
             elif frame.pts is not None:
@@ -172,14 +187,19 @@ class VideoReader:
                 if number < len(self._times) and self._times[number] == frame.pts:
                     yield number, frame
 
-    def _frames(self, start: int = 0) -> Iterator[av.VideoFrame]:
-        """The decodable frames in the order of showing, from keyframe `start` or an earlier one on."""
-        with ffmpeg.opened(self.path) as (container, stream):
+    def _frames(self, start: int = 0, file: tuple | None = None) -> Iterator[av.VideoFrame]:
+        """The decodable frames in the order of showing, from keyframe `start` or an earlier one on.
+
+        `file` is the file if it is open; for `start` 0 as it was opened.
+        """
+        with nullcontext(file) if file else ffmpeg.opened(self.path) as (container, stream):
             if start:
                 packets = ffmpeg.packets_from(container, stream, self._times[start])
             else:
                 packets = ffmpeg.packets_of(container, stream)
             if packets is not None:
+                if self._given:
+                    packets = ffmpeg.timed(packets, self._given)
                 yield from ffmpeg.decode(packets, stream)
                 return
         yield from self._frames()  # the file cannot be entered there

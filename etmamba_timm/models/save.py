@@ -62,6 +62,7 @@ def save_checkpoint(
         save_config_for_hf(model, str(draft / CONFIG_FILE), model_config=blocks, data_config=data)
         config = json.loads((draft / CONFIG_FILE).read_text(encoding="utf-8"))
         config["pretrained_cfg"].pop("label_names", None)  # they stand at the root
+        config["model_args"].pop("num_classes", None)  # so does it; transformers gives it beside these
         (draft / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if readme is not None:
             (draft / "README.md").write_text(readme(config), encoding="utf-8")

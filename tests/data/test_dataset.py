@@ -115,6 +115,15 @@ def test_frames_of_a_clip_are_treated_alike(kind):
     assert len({out.sum().item() for out in outs}) > 4
 
 
+def test_the_strongest_augmentation_is_one_that_pillow_takes():
+    """At timm's magnitude 10 a picture would be posterised to 0 bits, which newer Pillows refuse."""
+    frames = torch.randint(0, 256, (1, 16, 16, 3), dtype=torch.uint8)
+    transform = TrainTransform((16, 16), rand_augment="rand-m10-inc1")
+    for seed in range(100):
+        random.seed(seed), np.random.seed(seed)
+        assert transform(frames).isfinite().all()
+
+
 def test_the_same_rectangle_is_erased_in_all_frames():
     frames = torch.zeros(4, 32, 32, 3, dtype=torch.uint8)
     transform = TrainTransform((32, 32), (0.0,) * 3, (1.0,) * 3, flip=0.0, rand_augment="", erasing=1.0)

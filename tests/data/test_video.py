@@ -41,6 +41,8 @@ FORMATS: dict[str, dict] = {
     "mpeg2.mpg": {"codec": "mpeg2video", "b_frames": 2},  # wrong times
     "mpeg4.avi": {"codec": "mpeg4"},
     "mpeg4-b.avi": {"codec": "mpeg4", "b_frames": 2},
+    "mpeg4-b-adaptive.avi": {"codec": "mpeg4", "b_frames": 4, "gop": 9, "options": {"b_strategy": "1"}},
+    "msmpeg4.avi": {"codec": "msmpeg4"},
     "mjpeg.avi": {"codec": "mjpeg", "pix_fmt": "yuvj420p"},
     "vp8.webm": {"codec": "libvpx"},
     "vp8-no-index.webm": {"codec": "libvpx", "container": {"live": "1"}},
@@ -271,6 +273,23 @@ def long_video(tmp_path_factory):
 def test_index_decodes_one_frame(long_video, decoded):
     probe(long_video)
     assert len(decoded) == 1
+
+
+@pytest.mark.parametrize("name", ["mpeg4.avi", "mpeg4-b.avi", "mpeg4-b-adaptive.avi", "msmpeg4.avi", "mjpeg.avi"])
+def test_avi_index_decodes_one_frame(video, decoded, name):
+    """How an AVI's frames are ordered is read off the packets."""
+    reader = VideoReader(video(name))
+    assert len(decoded) == 1
+    decoded.clear()
+    assert numbers(reader.read([FRAMES - 2])) == [FRAMES - 2]
+    assert len(decoded) <= 2 * 12
+
+
+def test_several_places_are_read_from_one_open_file(long_video, monkeypatch):
+    reader, opened, count = VideoReader(long_video), ffmpeg.opened, []
+    monkeypatch.setattr(ffmpeg, "opened", lambda path: count.append(path) or opened(path))
+    assert numbers(reader.read([10, 110, 60, 210])) == [10, 110, 60, 210]
+    assert len(count) == 1
 
 
 def test_reading_starts_at_a_keyframe_and_stops(long_video, decoded):

@@ -1,0 +1,140 @@
+"""Videos of a Hugging Face dataset: files that its rows name, or videos that its rows hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from .annotations import AnnotationError, Annotations, classes_of, from_rows
+
+if TYPE_CHECKING:
+    import datasets
+
+AT_ONCE = 1000  # rows looked through at a time
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddedVideo:
+    """A video within a row of a dataset, for `VideoReader` in a file's stead. Its bytes are read when it is opened.
+
+    Attributes:
+        rows: the column of videos alone, as Arrow tables; mapped from disk, not in memory.
+        row: this one's number.
+        name: what its file was called, or None.
+    """
+
+    rows: datasets.Dataset
+    row: int
+    name: str | None
+
+    def open(self, mode: str = "rb") -> BinaryIO:
+        """The encoded video as a file; it isn't copied."""
+        import pyarrow
+
+        return pyarrow.BufferReader(self.rows[self.row].column(0)[0]["bytes"].as_buffer())
+
+    def is_file(self) -> bool:
+        return True
+
+    def __str__(self) -> str:
+        return f"row {self.row}" + (f" ({self.name})" if self.name else "")
+
+
+def read_huggingface(
+    dataset: datasets.Dataset, video: str = "video", label: str = "label", classes: list[str] | None = None
+) -> Annotations:
+    """A split of a Hugging Face dataset; torchcodec, which `datasets` would decode with, isn't needed.
+
+    Videos that the rows hold themselves (as in Parquet files) stay there until they are read: such a sample's file is
+    an `EmbeddedVideo`.
+
+    Args:
+        dataset: one split, not streamed.
+        video: its column of the type `Video`.
+        label: its column of classes: `ClassLabel`, whole numbers, or names.
+        classes: names of the classes; by default those of `ClassLabel`, else the labels there are, in order.
+
+    Raises:
+        AnnotationError: another kind of dataset or column, a row without a label, or too many videos missing.
+    """
+    library = _library()
+    if not isinstance(dataset, library.Dataset):
+        raise AnnotationError(f"the dataset is a {type(dataset).__name__}; give one split of it, not streamed")
+    source = f"the Hugging Face dataset {dataset.info.dataset_name or ''}".rstrip()
+    kinds = {name: type(feature).__name__ for name, feature in dataset.features.items()}
+    if kinds.get(video) != "Video" or label not in kinds:
+        raise AnnotationError(
+            f"{source} has the columns {kinds}; wanted {video!r} of the type Video, and {label!r}: name them, and make "
+            "one of paths a Video by cast_column"
+        )
+    own = dataset.features[label]
+    classes = classes or (list(own.names) if kinds[label] == "ClassLabel" else None)
+    videos = _videos(dataset.select_columns(video).with_format("arrow"))
+    return from_rows(
+        list(zip(videos, labels_of(dataset, label), strict=True)),
+        classes,
+        lambda found: found,
+        source,
+        "prepare it anew, or save it with the videos in it",
+    )
+
+
+def labels_of(dataset: datasets.Dataset, label: str) -> list[str]:
+    """Each row's label: a name of `ClassLabel`, or what stands there."""
+    feature = dataset.features[label]
+    values = dataset.select_columns(label).with_format(None)[:][label]
+    names = feature.names if type(feature).__name__ == "ClassLabel" else None
+    for row, value in enumerate(values):
+        if value is None or (isinstance(value, int) and value < 0):
+            raise AnnotationError(f"row {row} has the label {value}: it isn't labelled; leave such rows out by filter")
+    return [str(names[value] if names else value) for value in values]
+
+
+def load_huggingface(root: str | Path) -> dict[str, datasets.Dataset]:
+    """The splits in a folder: as save_to_disk writes it, or what load_dataset takes (Parquet files, videos).
+
+    The latter `datasets` copies to its cache (HF_DATASETS_CACHE), bytes of videos in the rows included.
+    """
+    library, root = _library(), Path(root)
+    if not root.is_dir():
+        raise AnnotationError(f"{root} is no folder; of a dataset on the Hub, give a split to read_huggingface")
+    try:
+        if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
+            loaded = library.load_from_disk(root)
+        else:
+            loaded = library.load_dataset(str(root.absolute()))
+    except (OSError, ValueError, library.exceptions.DatasetsError) as error:
+        raise AnnotationError(f"{root} can't be loaded as a Hugging Face dataset: {error}") from error
+    return {str(loaded.split or "train"): loaded} if isinstance(loaded, library.Dataset) else dict(loaded)
+
+
+def classes_in(dataset: datasets.Dataset, label: str = "label") -> list[str]:
+    """The classes that number a split's labels."""
+    feature = dataset.features.get(label)
+    if type(feature).__name__ == "ClassLabel":
+        return list(feature.names)
+    return classes_of([(None, name) for name in labels_of(dataset, label)])
+
+
+def _videos(rows: datasets.Dataset) -> list[Path | EmbeddedVideo]:
+    """What each row holds; the rows are Arrow tables of the column of videos alone."""
+    videos = []
+    for start in range(0, len(rows), AT_ONCE):
+        for part in rows[start : start + AT_ONCE].column(0).chunks:
+            held = part.field("bytes").is_valid().to_pylist()  # without a look at the bytes
+            for has_bytes, path in zip(held, part.field("path").to_pylist(), strict=True):
+                row = len(videos)
+                # A row with neither is a file that isn't there, to be counted as missing.
+                videos.append(EmbeddedVideo(rows, row, path) if has_bytes else Path(path or f"row {row}, empty"))
+    return videos
+
+
+def _library():
+    try:
+        import datasets
+    except ImportError as error:
+        raise AnnotationError(
+            "Hugging Face datasets need the package datasets: pip install 'etmamba-timm[datasets]'"
+        ) from error
+    return datasets

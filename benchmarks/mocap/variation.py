@@ -48,9 +48,10 @@ RANGES = {
     "trousers_hue": Range(0, 1, "tettvtettvtt"),
     "ground_hue": Range(0, 1, "ttvtettvtett"),
     "sky_hue": Range(0, 1, "tettvtettvtt"),
-    "skin": Range(0, 1, "ttvttett"),  # fair to dark
+    "skin_tone": Range(0, 1, "ttvttett"),  # fair to dark
     "tile": Range(0.7, 1.5, "tvttettt"),  # metres
 }
+DRIFTING = ("azimuth", "elevation")  # from one value to another of the same cell, over the video
 GROUNDS = {"train": ("checker", "stripes", "bricks", "blotches"), "val": ("dots",), "test": ("triangles",)}
 SECONDS = (1.8, 2.4)  # a video's length
 
@@ -116,46 +117,38 @@ def draw(seed: int, part: str, action: str, number: int) -> dict:
     """The parameters of one video: a function of its four arguments alone, as plain numbers, strings and lists."""
     rng = np.random.default_rng([seed, PARTS.index(part), CLASSES.index(action), number])
 
-    def one(name: str) -> float:
-        return RANGES[name].draw(rng, part)[0]
-
     def uniform(low: float, high: float) -> float:
         return round(rng.uniform(low, high), 4)
 
     def colour(hue: float, saturation: tuple[float, float], value: tuple[float, float]) -> list[float]:
         return [round(c, 4) for c in colorsys.hsv_to_rgb(hue, rng.uniform(*saturation), rng.uniform(*value))]
 
+    held = {name: values.draw(rng, part)[0] for name, values in RANGES.items() if name not in DRIFTING}
     side = int(rng.choice([-1, 1]))
     dark = bool(rng.integers(2))  # a dark ground under light clothes, or the other way round
     clothes = (0.7, 1.0) if dark else (0.25, 0.6)
     grounds = rng.uniform(*((0.22, 0.38) if dark else (0.6, 0.72))) + np.array([0, rng.uniform(0.12, 0.28)])
-    skin = one("skin")
     fair, deep = np.array([0.96, 0.78, 0.66]), np.array([0.36, 0.22, 0.15])
-    ground_hue = one("ground_hue")
     return {
         "action": action,
-        "seconds": uniform(*SECONDS),
-        "speed": one("speed"),
-        "phase": one("phase"),
-        "mirror": bool(rng.integers(2)),
+        **held,
         "azimuth": [side * a for a in RANGES["azimuth"].draw(rng, part, 2)],  # at the start and at the end
         "elevation": RANGES["elevation"].draw(rng, part, 2),
-        "distance": one("distance"),
-        "fill": one("fill"),
+        "seconds": uniform(*SECONDS),
+        "mirror": bool(rng.integers(2)),
         "aim": [uniform(-0.03, 0.03), uniform(-0.03, 0.03)],  # the figure's offset from the middle, in frames
-        "shirt": colour(one("shirt_hue"), (0.45, 0.95), clothes),
-        "trousers": colour(one("trousers_hue"), (0.3, 0.9), clothes),
+        "shirt": colour(held["shirt_hue"], (0.45, 0.95), clothes),
+        "trousers": colour(held["trousers_hue"], (0.3, 0.9), clothes),
         "shoes": colour(uniform(0, 1), (0, 0.6), (0.1, 1)),
         "hair": colour(uniform(0.03, 0.13), (0.2, 0.7), (0.05, 0.6)),
-        "skin": (fair + skin * (deep - fair)).round(4).tolist(),
+        "skin": (fair + held["skin_tone"] * (deep - fair)).round(4).tolist(),
         "sleeves": ["long", "short"][rng.integers(2)],
         "legs": ["long", "short"][rng.integers(2)],
         "ground": str(rng.choice(GROUNDS[part])),
-        "ground_colours": [colour(ground_hue, (0.05, 0.4), (value, value)) for value in grounds],
-        "tile": one("tile"),
+        "ground_colours": [colour(held["ground_hue"], (0.05, 0.4), (value, value)) for value in grounds],
         "ground_turn": uniform(0, 90),  # degrees
         "ground_offset": [uniform(0, 10), uniform(0, 10)],  # metres
-        "sky": colour(one("sky_hue"), (0.0, 0.4), (0.4, 0.98)),
+        "sky": colour(held["sky_hue"], (0.0, 0.4), (0.4, 0.98)),
         "light": [uniform(-180, 180), uniform(35, 75)],  # azimuth off the camera's, elevation, in degrees
         "light_strength": [uniform(0.4, 0.6), uniform(0.4, 0.7)],  # ambient, diffuse
         "body": {name: uniform(0.92, 1.08) for name in ("torso", "arms", "legs", "shoulders", "hips")}

@@ -143,6 +143,22 @@ class Camera:
         depth = np.maximum((away * self.forward[:, None]).sum(-1), 0.3) * self.slope
         return (away * self.right[:, None]).sum(-1) / depth, (away * self.up[:, None]).sum(-1) / depth, radii / depth
 
+    def ground(self, frame: int) -> tuple[np.ndarray, int, np.ndarray, np.ndarray, np.ndarray]:
+        """What the pixels of a picture of FINE×FINE see of the ground, which lies at height 0.
+
+        Returns the rise of each row's rays per metre of depth [FINE], the first row that meets the ground, and from
+        that row on the x and z of each pixel's place [rows, FINE] and each row's depth [rows, 1].
+        """
+        steps = ((np.arange(FINE) + 0.5) / FINE * 2 - 1) * self.slope
+        forward, right, up, eye = (a[frame].astype(np.float32) for a in (self.forward, self.right, self.up, self.eye))
+        rows = (forward - steps[:, None] * up).astype(np.float32)  # the rays in the middle; the camera doesn't roll,
+        columns = (steps[:, None] * right).astype(np.float32)  # so these have no rise
+        first = int(np.searchsorted(-rows[:, 1], 0.01))
+        depth = -eye[1] / rows[first:, None, 1]  # [rows, 1]
+        x = eye[0] + depth * (rows[first:, None, 0] + columns[:, 0])
+        z = eye[2] + depth * (rows[first:, None, 2] + columns[:, 2])
+        return rows[:, 1], first, x, z, depth
+
     def matrices(self, frame: int) -> tuple[list[float], list[float]]:
         """View and projection, as pybullet takes them."""
         eye, ahead = self.eye[frame], self.eye[frame] + self.forward[frame]
@@ -275,19 +291,10 @@ def compose(
     light: np.ndarray,
 ) -> np.ndarray:
     """Sky, ground, shadow and figure in one frame, uint8 [SIZE, SIZE, 3]."""
-    steps = ((np.arange(FINE) + 0.5) / FINE * 2 - 1) * camera.slope
-    forward, right, up, eye = (
-        a[frame].astype(np.float32) for a in (camera.forward, camera.right, camera.up, camera.eye)
-    )
-    rows = (forward - steps[:, None] * up).astype(np.float32)  # the middle pixels' rays; the picture is level,
-    columns = (steps[:, None] * right).astype(np.float32)  # so these have no height
+    slant, first, x, z, reach = camera.ground(frame)
     sky = np.array(parameters["sky"], dtype=np.float32)
     picture = np.empty((FINE, FINE, 3), dtype=np.float32)
-    picture[:] = (sky * (1 - 0.35 * np.clip(rows[:, 1:2], 0, 1)))[:, None]
-    first = np.searchsorted(-rows[:, 1], 0.01)  # the first row that meets the ground
-    reach = -np.float32(eye[1]) / rows[first:, None, 1]  # [rows, 1]
-    x = np.float32(eye[0]) + reach * (rows[first:, None, 0] + columns[:, 0])
-    z = np.float32(eye[2]) + reach * (rows[first:, None, 2] + columns[:, 2])
+    picture[:] = (sky * (1 - 0.35 * np.clip(slant[:, None], 0, 1)))[:, None]
     ambient, diffuse = parameters["light_strength"]
     sun = diffuse * light[1]
     one, two = (np.array(c, dtype=np.float32) for c in parameters["ground_colours"])

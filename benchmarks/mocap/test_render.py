@@ -6,6 +6,7 @@ pytest benchmarks/mocap
 import itertools
 import json
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from etmamba_timm.data.layouts import read_dataset
 
 from . import motion
 from .render import encode, render
-from .variation import CLASSES, GROUNDS, PARTS, RANGES, draw
+from .variation import CLASSES, GROUNDS, PARTS, RANGES, Range, draw
 
 needs_pybullet = pytest.mark.skipif(
     find_spec("pybullet") is None,
@@ -31,6 +32,26 @@ def test_each_parts_cells_are_apart_and_fill_the_range(name):
     assert all(before[1] == pytest.approx(after[0]) for before, after in itertools.pairwise(cells))
     if not name.endswith("hue") and name != "phase":  # these go round
         assert whole.owners[0] == whole.owners[-1] == "t"  # what is held out is a gap, not an extreme
+
+
+def cells_text(whole: Range, part: str) -> str:
+    """The cells of a part as the README writes them: neighbours joined."""
+    joined: list[list[float]] = []
+    for low, high in whole.cells(part):
+        if joined and joined[-1][1] == low:
+            joined[-1][1] = high
+        else:
+            joined.append([low, high])
+    return ", ".join(f"{low:.3g}–{high:.3g}" for low, high in joined)
+
+
+def test_the_readme_tells_the_ranges_and_grounds():
+    text = (Path(__file__).with_name("README.md")).read_text()
+    lines = [row for row in text.splitlines() if row.startswith("| `")]
+    rows = {row.split("`")[1]: [cell.strip() for cell in row.split("|")[3:6]] for row in lines}
+    for name, whole in RANGES.items():
+        assert rows[name] == [cells_text(whole, part) for part in PARTS]
+    assert rows["ground"] == [", ".join(GROUNDS[part]) for part in PARTS]
 
 
 def test_grounds_are_apart():
@@ -115,6 +136,24 @@ def test_the_figure_is_drawn_where_the_camera_fits_it(action):
     assert (high - low).max() == pytest.approx(drawn["fill"], abs=0.05)
     across, upwards = (low + high) / 2 - 0.5
     assert (across, -upwards) == pytest.approx(drawn["aim"], abs=0.05)
+
+
+@needs_pybullet
+def test_the_ground_is_seen_by_the_figures_camera():
+    from . import scene
+
+    drawn = draw(0, "train", "run", 0)
+    times = np.arange(6) / 6
+    points, radii = scene.outline(*scene.pose(drawn, times), drawn["body"])
+    points[..., 1] -= points[..., 1].min()
+    camera = scene.Camera(drawn, points, radii, scene.followed(points, times))
+    for i in (0, 5):
+        _, first, x, z, _ = camera.ground(i)
+        places = np.stack([x, np.zeros_like(x), z], axis=-1).reshape(1, -1, 3).repeat(len(times), axis=0)
+        across, upwards, _ = camera.project(places, np.zeros(places.shape[1]))
+        pixels = (np.arange(scene.FINE) + 0.5) / scene.FINE * 2 - 1
+        wanted = np.stack(np.meshgrid(pixels, -pixels[first:]), axis=-1).reshape(-1, 2)
+        np.testing.assert_allclose(np.stack([across[i], upwards[i]], axis=-1), wanted, atol=2e-3)
 
 
 @needs_pybullet

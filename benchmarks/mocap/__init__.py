@@ -1,0 +1,1 @@
+"""A dataset of human actions, rendered from motion capture."""

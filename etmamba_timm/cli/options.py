@@ -31,7 +31,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_dataset(parser: argparse.ArgumentParser) -> None:
     """A dataset of videos."""
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the folder of the videos")
-    parser.add_argument("--dataset", metavar="LAYOUT", help="folders, list, kinetics, ssv2, hmdb51 or breakfast")
+    layouts = "folders, list, kinetics, ssv2, hmdb51, breakfast or huggingface"  # data.LAYOUTS, without its imports
+    parser.add_argument("--dataset", metavar="LAYOUT", help=layouts)
     parser.add_argument("--annotations", type=Path, metavar="DIR", help="the folder of the lists (default: DATA)")
     parser.add_argument("--split", type=positive, metavar="N", help="of HMDB-51 and Breakfast (default 1)")
     parser.add_argument("--workers", type=count, default=2, metavar="N", help="processes that decode (default 2)")

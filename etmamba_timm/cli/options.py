@@ -91,7 +91,7 @@ def extra(name: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        if (error.name or "").startswith(__package__):
+        if (error.name or "").startswith("etmamba_timm"):
             raise
         raise ValueError(f"{error.name} isn't installed; pip install 'etmamba-timm[{name}]'") from error
 

@@ -44,7 +44,7 @@ def _train(args: argparse.Namespace) -> int:
         for subset in ("train", "val")
     ]
     if is_first_process():
-        logging.getLogger(__package__).setLevel(logging.INFO)
+        logging.getLogger("etmamba_timm").setLevel(logging.INFO)
     figures = train(
         recipe, *parts, args.output, workers=args.workers, save_updates=args.save_updates, progress=sys.stderr.isatty()
     )

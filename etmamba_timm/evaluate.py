@@ -88,7 +88,7 @@ class Scores:
             raise ValueError(f"{path} holds no scores; `etmamba eval --scores` writes them") from error
 
 
-@torch.inference_mode()
+@torch.no_grad()  # under inference_mode, PyTorch 2.4 would trip over its own process group
 def evaluate(
     model: nn.Module,
     videos: EvalClips,

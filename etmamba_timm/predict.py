@@ -128,7 +128,7 @@ def top_classes(model: EtMamba, scores: Tensor, k: int = 5) -> list[dict]:
 
 
 def class_names(model: EtMamba, num_classes: int) -> list[str]:
-    """`label_names` of the model's `pretrained_cfg`; unless there are `num_classes`, a class is called by its number."""
+    """`label_names` of the model's `pretrained_cfg`; unless there are so many, a class is called by its number."""
     names = model.pretrained_cfg.get("label_names") or ()
     return list(names) if len(names) == num_classes else [f"class {i}" for i in range(num_classes)]
 

@@ -136,12 +136,12 @@ class VideoReader:
         """When each frame is shown, in seconds from the first one on, ascending.
 
         Raises:
-            VideoError: the file tells neither its frames' times nor their rate.
+            VideoError: the file tells no frame rate.
         """
-        if self._times is not None and self._tick:
-            return [(time - self._times[0]) * self._tick for time in self._times]
         if not self.info.fps:
             raise VideoError(f"{self.path}: doesn't tell when its frames are shown; convert it to mp4 with ffmpeg")
+        if self._times is not None and self._tick:
+            return [(time - self._times[0]) * self._tick for time in self._times]
         return [number / self.info.fps for number in range(self.info.num_frames)]
 
     def _wanted(self, indices: Iterable[int]) -> list[int]:

@@ -53,13 +53,13 @@ def plot_confusion(scores: Scores, path: str | Path) -> None:
     Up to 20 classes have percentages in the cells, up to 60 their names at the sides, more every fiftieth's number.
     Rows of classes without videos are grey. The colours are those of the square root: rare confusions show too.
     """
-    from matplotlib.colors import PowerNorm
-
     check_target(path)
     shares = _row_shares(confusion_matrix(scores)).numpy()
     count = len(shares)
     named = count <= 60
     figure = new_figure(10, 9.2)
+    from matplotlib.colors import PowerNorm
+
     axes = figure.add_subplot(
         xlabel="predicted class",
         ylabel="true class",
@@ -216,8 +216,6 @@ def plot_receptive_field(field: Tensor, path: str | Path, title: str = "Effectiv
 
     Colours are logarithmic, over four decades below the largest value; what is exactly zero is grey.
     """
-    from matplotlib.colors import LogNorm
-
     check_target(path)
     count, height, width = field.shape
     columns = min(count, 8)
@@ -226,6 +224,8 @@ def plot_receptive_field(field: Tensor, path: str | Path, title: str = "Effectiv
     curve = 2.2 if count > 1 else 0
     heights = [side * height / width + 0.25] * rows + [curve] * bool(curve)
     figure = new_figure(10, sum(heights) + 1.0)
+    from matplotlib.colors import LogNorm
+
     figure.suptitle(title)
     grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
     norm, colours = LogNorm(1e-4, 1, clip=True), "viridis"
@@ -383,9 +383,7 @@ def _write_names(axes, points: Sequence[tuple[float, float, str]]) -> None:
     offsets += [(x, y, side) for y in (14, -14, 24, -24) for x, side in ((9, "left"), (-9, "right"))]
     for x, y, name in points:
         for dx, dy, side in offsets:
-            text = axes.annotate(
-                name, (x, y), (dx, dy), textcoords="offset points", ha=side, va="center", fontsize=7.5
-            )
+            text = axes.annotate(name, (x, y), (dx, dy), textcoords="offset points", ha=side, va="center", fontsize=7.5)
             box = text.get_window_extent(renderer)
             inside = axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1)
             if inside and not box.count_overlaps(taken) and not any(box.contains(*place) for place in places):

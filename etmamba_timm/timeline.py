@@ -9,6 +9,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -51,7 +52,7 @@ class Timeline:
         best = averaged.argmax(1)
         starts = [0, *((best[1:] != best[:-1]).nonzero()[:, 0] + 1).tolist(), len(best)]
         segments = []
-        for first, end in zip(starts[:-1], starts[1:], strict=True):
+        for first, end in pairwise(starts):
             spans = self.times[first:end]
             weights = (spans[:, 1] - spans[:, 0]) / (spans[-1, 1] - spans[0, 0])
             score = (self.probabilities[first:end, best[first]].double() * weights).sum().item()
@@ -90,7 +91,8 @@ def timeline(
     A clip starts every `hop` seconds, and the last one ends with the video. Its frames are those that are shown at
     `model.num_frames` times, evenly spread, whatever the frame rate and its changes. A moment lasts from one start to
     the next; its scores are the mean over the clips that cover its middle. The file is decoded once, and no more frames
-    are held than a batch of clips takes. A video shorter than a clip gets one, of all of it.
+    are held than a batch of clips and those that overlap it take. A video shorter than a clip repeats its last frame,
+    or is a shorter clip where the model's are spread over whole videos.
 
     Args:
         model: as in `predict`; its centre crop is taken.
@@ -118,24 +120,30 @@ def timeline(
             "the length of the videos it was trained on (Kinetics: 10)"
         )
     reader = VideoReader(path)
-    shown = reader.times()
-    length = shown[-1] + 1 / reader.info.fps  # the last frame is taken to stay as long as others do
-    span = clip_seconds if clip_seconds is not None else model.num_frames * stride / reader.info.fps
+    shown, fps = reader.times(), reader.info.fps
+    length = shown[-1] + 1 / fps  # the last frame is taken to stay as long as others do
+    span = model.num_frames * stride / fps if clip_seconds is None else clip_seconds
     hop = span / 2 if hop is None else hop
     if not 0 < hop <= span < math.inf:
         raise ValueError(
             f"clips of {span:g} s every {hop:g} s; both must be above 0, and the hop no longer than a clip, or parts "
             "of the video would be skipped: choose a shorter hop or longer clips"
         )
-    starts, times = _grid(length, min(span, length), hop)
-    ticks = [(i + 0.5) / model.num_frames * min(span, length) for i in range(model.num_frames)]
+    if not stride:
+        span = min(span, length)
+    starts, times = _grid(length, span, hop)
+    step = span / model.num_frames
+    first = (
+        max(0, (step * fps - 1) // 2) + 0.5
+    ) / fps  # in the middle of a step, and of a frame: rounding does no harm
+    ticks = [first + i * step for i in range(model.num_frames)]
     clips = [[max(0, bisect_right(shown, start + tick) - 1) for tick in ticks] for start in starts]
 
     transform = EvalTransform.from_model(model, size=model.img_size)
     weight = next(model.parameters())
     autocast = torch.autocast(weight.device.type, dtype) if dtype else nullcontext()
-    scores = []
-    with torch.inference_mode(), autocast, tqdm(total=len(clips), unit="clip", disable=None if progress else True) as bar:
+    scores, bar = [], tqdm(total=len(clips), unit="clip", leave=False, disable=None if progress else True)
+    with torch.inference_mode(), autocast, bar:
         for batch in _batches(reader, clips, transform, batch_size):
             logits = model(batch.to(weight.device, weight.dtype))
             scores.append(logits.float().softmax(-1).cpu())
@@ -143,7 +151,7 @@ def timeline(
     scores = torch.cat(scores)
     if not scores.isfinite().all():
         raise ValueError(f"{path}: the result isn't finite; check the checkpoint, or use float32")
-    return Timeline(times, _per_moment(scores, starts, min(span, length), times), class_names(model, scores.shape[1]))
+    return Timeline(times, _per_moment(scores, starts, span, times), class_names(model, scores.shape[1]))
 
 
 def write_segments(segments: list[Segment], path: str | Path) -> None:
@@ -157,7 +165,9 @@ def write_segments(segments: list[Segment], path: str | Path) -> None:
         raise ValueError(f"{path}: segments are written as .csv or .json; give a name that ends so")
     if not path.parent.is_dir():
         raise ValueError(f"{path.parent}: no such folder; make it first")
-    rows = [asdict(s) | {"start": round(s.start, 3), "end": round(s.end, 3), "score": round(s.score, 4)} for s in segments]
+    rows = [asdict(segment) for segment in segments]
+    for row in rows:
+        row |= {"start": round(row["start"], 3), "end": round(row["end"], 3), "score": round(row["score"], 4)}
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".etmamba-") as folder:
         draft = Path(folder) / path.name
         with draft.open("w", newline="", encoding="utf-8") as file:
@@ -175,8 +185,6 @@ def plot_timeline(timeline: Timeline, path: str | Path, smooth: int = 3) -> None
 
     Shown are the classes that lead, by the time they do, up to `MOST_ROWS`; in the order in which they first lead.
     """
-    from matplotlib.patches import Rectangle
-
     check_target(path)
     segments = timeline.segments(smooth)
     led = {}  # seconds of each class, in order of first leading
@@ -185,6 +193,8 @@ def plot_timeline(timeline: Timeline, path: str | Path, smooth: int = 3) -> None
     most = sorted(led, key=led.get, reverse=True)[:MOST_ROWS]
     rows = [label for label in led if label in most]
     figure = new_figure(10, 1.9 + 0.35 * len(rows))
+    from matplotlib.patches import Rectangle
+
     of = f"; {len(rows)} of {len(led)} leading classes are shown" if len(rows) < len(led) else ""
     axes = figure.add_subplot(
         xlabel="time, min:s", title=f"Class scores over time, and the segments where a class leads{of}"
@@ -209,12 +219,12 @@ def plot_timeline(timeline: Timeline, path: str | Path, smooth: int = 3) -> None
 def _grid(length: float, span: float, hop: float) -> tuple[list[float], Tensor]:
     """The starts of clips of `span` seconds in a video of `length`, and the moments [moments, 2] between them.
 
-    Moments are `hop` long from 0 on, the last one shorter; a rest below a thousandth of a hop belongs to the one before.
+    Moments are `hop` long, the last one shorter; a rest below a thousandth of a hop belongs to the one before.
     """
     count = max(1, math.ceil(length / hop - 1e-3))
     edges = [*(i * hop for i in range(count)), length]
-    regular = math.ceil((length - span) / hop - 1e-3)  # starts from which a clip ends before the video does
-    starts = [i * hop for i in range(max(regular, 0))] + [length - span]
+    last = max(0.0, length - span)
+    starts = [*(i * hop for i in range(math.ceil(last / hop - 1e-3))), last]
     return starts, torch.tensor([edges[:-1], edges[1:]], dtype=torch.float64).T
 
 

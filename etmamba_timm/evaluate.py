@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +89,6 @@ class Scores:
             raise ValueError(f"{path} holds no scores; `etmamba eval --scores` writes them") from error
 
 
-@torch.no_grad()  # under inference_mode, PyTorch 2.4 would trip over its own process group
 def evaluate(
     model: nn.Module,
     videos: EvalClips,
@@ -114,6 +114,44 @@ def evaluate(
     Raises:
         ValueError: no video can be decoded, or the scores aren't finite.
     """
+    scores, labels, indices = mean_over_views(
+        model,
+        lambda clips: model(clips).double().softmax(-1),
+        videos,
+        batch_size=batch_size,
+        workers=workers,
+        dtype=dtype,
+        progress=progress,
+    )
+    return Scores(
+        scores.float(),
+        labels,
+        indices,
+        failed=len(videos) - len(indices),
+        missing=len(videos.annotations.missing),
+        classes=list(videos.annotations.classes),
+    )
+
+
+@torch.no_grad()  # under inference_mode, PyTorch 2.4 would trip over its own process group
+def mean_over_views(
+    model: nn.Module,
+    function: Callable[[Tensor], Tensor],
+    videos: EvalClips,
+    *,
+    batch_size: int,
+    workers: int,
+    dtype: torch.dtype | None,
+    progress: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`function` of each video's views, averaged over them; the arguments, processes and errors are `evaluate`'s.
+
+    Args:
+        model: what is to be in evaluation mode, and where the clips go.
+        function: clips [B, C, T, H, W] -> [B, X].
+
+    Returns: float64 [videos, X], labels [videos], and indices [videos] into the dataset, ascending.
+    """
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = next(model.parameters()).device
     views = videos.num_clips * videos.num_crops
@@ -128,14 +166,14 @@ def evaluate(
     parts, was_training = [], model.training
     model.eval()
     try:
-        for batch in tqdm(loader, desc="evaluate", leave=False, disable=None if progress and rank == 0 else True):
+        for batch in tqdm(loader, desc="videos", leave=False, disable=None if progress and rank == 0 else True):
             if batch is None:
                 continue
             clips = batch["clip"].flatten(0, 1)  # [B, views, ...] -> [B·views, ...]
             with autocast:
-                logits = torch.cat([model(part.to(device)) for part in clips.split(batch_size)])
-            scores = logits.double().softmax(-1).unflatten(0, (-1, views)).mean(1)
-            parts.append((batch["index"], batch["label"], scores.cpu()))
+                values = torch.cat([function(part.to(device)) for part in clips.split(batch_size)])
+            means = values.double().unflatten(0, (-1, views)).mean(1)
+            parts.append((batch["index"], batch["label"], means.cpu()))
     finally:
         model.train(was_training)
     everyone = [parts]
@@ -145,15 +183,8 @@ def evaluate(
     gathered = [part for parts in everyone for part in parts]
     if not gathered:
         raise ValueError(f"none of the {len(videos)} videos can be decoded")
-    indices, labels, scores = (torch.cat(tensors) for tensors in zip(*gathered, strict=True))
-    if not scores.isfinite().all():
+    indices, labels, values = (torch.cat(tensors) for tensors in zip(*gathered, strict=True))
+    if not values.isfinite().all():
         raise ValueError("the scores aren't finite; check the checkpoint, or use float32")
     order = indices.argsort()
-    return Scores(
-        scores[order].float(),
-        labels[order],
-        indices[order],
-        failed=len(videos) - len(indices),
-        missing=len(videos.annotations.missing),
-        classes=list(videos.annotations.classes),
-    )
+    return values[order], labels[order], indices[order]

@@ -117,16 +117,20 @@ def extract_features(
 def top_classes(model: EtMamba, scores: Tensor, k: int = 5) -> list[dict]:
     """The k best of `scores` [num_classes], best first, as {"label", "index", "score"}.
 
-    Labels are `label_names` of the model's `pretrained_cfg`; without one for each score, a class is
-    called by its number.
+    Labels are those of `class_names`.
     """
-    labels = model.pretrained_cfg.get("label_names") or ()
-    labels = labels if len(labels) == len(scores) else ()
+    labels = class_names(model, len(scores))
     best = scores.topk(min(k, len(scores)))
     return [
-        {"label": labels[i] if labels else f"class {i}", "index": i, "score": score}
+        {"label": labels[i], "index": i, "score": score}
         for i, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
+
+
+def class_names(model: EtMamba, num_classes: int) -> list[str]:
+    """`label_names` of the model's `pretrained_cfg`; unless there are so many, a class is called by its number."""
+    names = model.pretrained_cfg.get("label_names") or ()
+    return list(names) if len(names) == num_classes else [f"class {i}" for i in range(num_classes)]
 
 
 def sampling_of(model: EtMamba) -> Sampling:

@@ -177,6 +177,8 @@ def _fitting(name: str, kind: type, value: object) -> object:
             return value
         elif kind is str and value is None:  # `rand_augment: ` is none
             return ""
+        elif name == "precision" and value is False:  # YAML reads `no` so
+            return "no"
     except (TypeError, ValueError):
         pass
     raise RecipeError(f"{name} is {value!r}; it must be {getattr(kind, '__name__', kind)}")

@@ -21,9 +21,15 @@ MAY_IMPORT = {
     "recipe": set(),
     "run_folder": set(),
     "evaluate": {"data"},
+    "figures": set(),
+    "analyze": {"data", "evaluate", "figures", "models"},
+    "timeline": {"data", "figures", "models", "predict"},
     "train": {"card", "data", "evaluate", "models", "recipe", "run_folder"},
     "__main__": {"cli"},
-    "cli": {"evaluate", "recipe", "train", "card", "conversion", "data", "models", "ops", "predict", "publish"},
+    "cli": {
+        *("analyze", "card", "conversion", "data", "evaluate", "figures", "models", "ops", "predict", "publish"),
+        *("recipe", "timeline", "train"),
+    },
     "__init__": {"models"},
 }
 
@@ -33,8 +39,9 @@ def test_import_is_quiet_and_light(tmp_path):
 import sys, timm
 before = set(sys.modules)  # old versions of torchvision, which timm imports, import av
 import etmamba_timm
-parts = ('data', 'predict', 'publish', 'conversion', 'cli', 'train')
-heavy = {'av', 'mamba_ssm', 'accelerate', 'tensorboard', *('etmamba_timm.' + part for part in parts)}
+parts = ('data', 'predict', 'publish', 'conversion', 'cli', 'train', 'analyze')
+parts = {'etmamba_timm.' + part for part in parts}
+heavy = {'av', 'mamba_ssm', 'accelerate', 'tensorboard', 'matplotlib', 'sklearn'} | parts
 print(*heavy & (set(sys.modules) - before), end='')
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True)

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 
-from . import models, training, videos
+from . import models, seeing, training, videos
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,6 +45,6 @@ def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(prog="etmamba", description="ETMamba and VideoMamba on video files.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (videos, training, models):
+    for module in (videos, training, seeing, models):
         module.add_commands(commands)
     return parser

@@ -7,6 +7,11 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..data import EvalClips
+    from ..models import EtMamba
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -17,12 +22,15 @@ def add_model_and_files(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """A model and how it is to run."""
+def add_model(parser: argparse.ArgumentParser, views: bool = True) -> None:
+    """A model and how it is to run, on how many views of a video if there is a choice."""
     parser.add_argument("--model", required=True, help="a model's name, hf-hub:ORG/NAME or local-dir:FOLDER")
     parser.add_argument("--checkpoint", type=Path, help="its weights: .safetensors or .pth, ours or VideoMamba's")
-    parser.add_argument("--num-clips", type=positive, default=1, metavar="N", help="clips over a video (default 1)")
-    parser.add_argument("--num-crops", type=int, choices=(1, 3), default=1, help="crops of a frame (default 1)")
+    if views:
+        parser.add_argument("--num-clips", type=positive, default=1, metavar="N", help="clips over a video (default 1)")
+        parser.add_argument("--num-crops", type=int, choices=(1, 3), default=1, help="crops of a frame (default 1)")
+    else:
+        parser.set_defaults(num_clips=1, num_crops=1)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, … (default: cuda if there is one, else cpu)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of autocast (default float32: none)")
     parser.add_argument("--allow-untrained", action="store_true", help="run a model without weights: a random result")
@@ -36,6 +44,24 @@ def add_dataset(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--annotations", type=Path, metavar="DIR", help="the folder of the lists (default: DATA)")
     parser.add_argument("--split", type=positive, metavar="N", help="of HMDB-51 and Breakfast (default 1)")
     parser.add_argument("--workers", type=count, default=2, metavar="N", help="processes that decode (default 2)")
+
+
+def eval_clips(args: argparse.Namespace, model: "EtMamba") -> "EvalClips":
+    """The videos of the dataset that `add_dataset` and --subset name, as the model takes them, in its classes."""
+    from ..data import EvalClips, EvalTransform, read_dataset, with_classes
+    from ..predict import sampling_of
+
+    layout, split = args.dataset or "folders", args.split or 1
+    annotations = read_dataset(layout, args.data, args.subset, split=split, annotations=args.annotations)
+    names = model.pretrained_cfg.get("label_names") or ()
+    if names and len(names) == model.num_classes:
+        annotations = with_classes(annotations, names)
+    elif model.num_classes not in (0, len(annotations.classes)):
+        raise ValueError(
+            f"the dataset has {len(annotations.classes)} classes, and the model {model.num_classes} without names"
+        )
+    transform = EvalTransform.from_model(model, size=model.img_size)
+    return EvalClips(annotations, transform, sampling_of(model), args.num_clips, args.num_crops)
 
 
 def set_up(args: argparse.Namespace, need_classifier: bool) -> tuple:

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from .options import add_dataset, add_model, extra, is_first_process, positive, set_up
+from .options import add_dataset, add_model, eval_clips, extra, is_first_process, positive, set_up
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -58,12 +58,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     import torch
     import torch.distributed as dist
 
-    from ..data import EvalClips, EvalTransform, read_dataset, with_classes
     from ..evaluate import evaluate
-    from ..predict import sampling_of
 
-    layout, split = args.dataset or "folders", args.split or 1
-    annotations = read_dataset(layout, args.data, args.subset, split=split, annotations=args.annotations)
     if args.scores is not None and not args.scores.resolve().parent.is_dir():
         raise ValueError(f"{args.scores.parent}: no such folder; make it first")
     processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -73,15 +69,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         dist.init_process_group("gloo")  # for the scores, which are on the CPU
     try:
         model, options = set_up(args, need_classifier=True)
-        names = model.pretrained_cfg.get("label_names") or ()
-        if len(names) == model.num_classes:
-            annotations = with_classes(annotations, names)
-        elif len(annotations.classes) != model.num_classes:
-            raise ValueError(
-                f"the dataset has {len(annotations.classes)} classes, and the model {model.num_classes} without names"
-            )
-        transform = EvalTransform.from_model(model, size=model.img_size)
-        clips = EvalClips(annotations, transform, sampling_of(model), options["num_clips"], options["num_crops"])
+        clips = eval_clips(args, model)
         scores = evaluate(
             model, clips, batch_size=args.batch_size, workers=args.workers, dtype=options["dtype"], progress=True
         )

@@ -9,7 +9,7 @@ does not tell them reliably is decoded from its start and its frames are counted
 import logging
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from operator import index as as_index
@@ -85,7 +85,7 @@ class VideoReader:
             packets = indexed()
             first = next(ffmpeg.decode(packets, stream), None)  # it tells size and rotation
             deque(packets, maxlen=0)  # the rest isn't decoded
-            tick = float(stream.time_base or 0)
+            self._tick = float(stream.time_base or 0)  # seconds
             rate = float(stream.average_rate or stream.guessed_rate or 0)
         if is_avi:
             self._given = ffmpeg.times_in_avi([packet[2:] for packet in stored])
@@ -106,7 +106,7 @@ class VideoReader:
         self._keys = [0]  # numbers of the frames that decoding can start from
         if known:
             self._keys = sorted({0} | {bisect_left(self._times, time) for time, is_key in shown if is_key})
-            span = (self._times[-1] - self._times[0]) * tick
+            span = (self._times[-1] - self._times[0]) * self._tick
             rate = (count - 1) / span if span else rate
         turn = ffmpeg.rotation_of(first)
         height, width = (first.width, first.height) if turn % 180 else (first.height, first.width)
@@ -121,11 +121,7 @@ class VideoReader:
             IndexError: a number is not in 0 ... num_frames - 1.
         """
         info, indices = self.info, [as_index(i) for i in indices]
-        wanted = sorted(set(indices))
-        if wanted and not 0 <= wanted[0] <= wanted[-1] < info.num_frames:
-            raise IndexError(
-                f"{self.path}: frames {wanted[0]} to {wanted[-1]} are wanted; choose from 0 to {info.num_frames - 1}"
-            )
+        wanted = self._wanted(indices)
         rows = {number: row for row, number in enumerate(wanted)}
         pictures = np.empty((len(wanted), info.height, info.width, 3), dtype=np.uint8)
         missed = self._read_from_keyframes(rows, pictures)
@@ -134,6 +130,43 @@ class VideoReader:
             self._warn(f"{lost} of {len(wanted)} wanted frames cannot be decoded; the nearest ones stand in")
         result = torch.from_numpy(pictures)
         return result if indices == wanted else result[[rows[i] for i in indices]]
+
+    def stream(self, indices: Iterable[int]) -> Iterator[Tensor]:
+        """The frames of these numbers, ascending and each once, one after the other: uint8 [H, W, 3] RGB.
+
+        The file is decoded in one pass from its start, and nothing is kept: for many frames of a long video.
+
+        Raises:
+            IndexError: as `read`.
+        """
+        wanted, lost = self._wanted(indices), 0
+        for _, frame, is_own in self._in_one_pass(wanted):
+            lost += not is_own
+            yield torch.from_numpy(np.ascontiguousarray(self._picture(frame)))
+        if lost:
+            self._warn(f"{lost} of {len(wanted)} wanted frames cannot be decoded; the nearest ones stand in")
+
+    def times(self) -> list[float]:
+        """When each frame is shown, in seconds from the first one on, ascending.
+
+        Raises:
+            VideoError: the file tells no frame rate.
+        """
+        if not self.info.fps:
+            raise VideoError(f"{self.path}: doesn't tell when its frames are shown; convert it to mp4 with ffmpeg")
+        if self._times is not None and self._tick:
+            return [(time - self._times[0]) * self._tick for time in self._times]
+        return [number / self.info.fps for number in range(self.info.num_frames)]
+
+    def _wanted(self, indices: Iterable[int]) -> list[int]:
+        """These numbers in order, each once."""
+        wanted = sorted(set(indices))
+        if wanted and not 0 <= wanted[0] <= wanted[-1] < self.info.num_frames:
+            raise IndexError(
+                f"{self.path}: frames {wanted[0]} to {wanted[-1]} are wanted; "
+                f"choose from 0 to {self.info.num_frames - 1}"
+            )
+        return wanted
 
     def _read_from_keyframes(self, rows: dict[int, int], pictures: np.ndarray) -> list[int]:
         """Fill `pictures[row]` for each of `{number: row}`, ascending; return those numbers that did not come."""
@@ -159,19 +192,25 @@ class VideoReader:
 
         A frame may not have come because it is damaged, but also because a stream calls frames keyframes that are none.
         """
-        todo, stand_ins, before = deque(missed), 0, None
+        stand_ins = 0
+        for number, frame, is_own in self._in_one_pass(missed):
+            pictures[rows[number]] = self._picture(frame)
+            stand_ins += not is_own
+        return stand_ins
+
+    def _in_one_pass(self, numbers: Iterable[int]) -> Iterator[tuple[int, av.VideoFrame, bool]]:
+        """For each of these ascending numbers: its frame or the one that stands in, and whether it is its own."""
+        todo, before = deque(numbers), None
         for number, frame in self._numbered(0):
             while todo and todo[0] < number:
-                pictures[rows[todo.popleft()]] = self._picture(before or frame)
-                stand_ins += 1
+                yield todo.popleft(), before or frame, False
             if not todo:
-                break
+                return
             if todo[0] == number:
-                pictures[rows[todo.popleft()]] = self._picture(frame)
+                yield todo.popleft(), frame, True
             before = frame
         for number in todo:
-            pictures[rows[number]] = self._picture(before)
-        return stand_ins + len(todo)
+            yield number, before, False
 
     def _key_before(self, number: int) -> int:
         """The last frame, up to `number`, that decoding can start from."""

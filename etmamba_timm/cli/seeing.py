@@ -1,0 +1,146 @@
+"""`etmamba analyze` and `timeline`."""
+
+import argparse
+from pathlib import Path
+
+from .options import add_dataset, add_model, eval_clips, extra, positive, set_up
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    """Adds the parsers of this module's commands."""
+    analyze = commands.add_parser("analyze", help="draw what a model confuses, holds for alike, sees and costs")
+    kinds = analyze.add_subparsers(required=True, metavar="FIGURE")
+
+    confusion = kinds.add_parser("confusion", help="which class is taken for which")
+    confusion.add_argument("scores", type=Path, metavar="SCORES", help="what `etmamba eval --scores` wrote")
+    _add_output(confusion)
+    confusion.set_defaults(run=_confusion)
+
+    tsne = kinds.add_parser("tsne", help="features of videos, embedded in a plane")
+    add_model(tsne)
+    add_dataset(tsne)
+    tsne.add_argument("--subset", default="val", help="train, val or test (default val)")
+    tsne.add_argument("--batch-size", type=positive, default=8, metavar="B", help="clips at a time (default 8)")
+    tsne.add_argument("--classes", type=positive, default=10, metavar="N", help="draw N of the classes (default 10)")
+    _add_output(tsne)
+    tsne.set_defaults(run=_tsne)
+
+    erf = kinds.add_parser("erf", help="the effective receptive field: which pixels an output depends on")
+    erf.add_argument("files", nargs="+", metavar="FILE", help="video files; the field is the mean over them")
+    add_model(erf, views=False)
+    erf.add_argument("--token", action="store_true", help="of the class token, not of the central patch")
+    _add_output(erf)
+    erf.set_defaults(run=_erf)
+
+    cost = kinds.add_parser("cost", help="accuracy against multiply-adds")
+    cost.add_argument("--of", default="Kinetics-400", metavar="DATASET", help="of the manifest (default Kinetics-400)")
+    cost.add_argument("--rows", type=Path, metavar="FILE", help="a CSV instead: name, params, macs, top1, source")
+    _add_output(cost)
+    cost.set_defaults(run=_cost)
+
+    timeline = commands.add_parser("timeline", help="tell which action happens when in a long video")
+    timeline.add_argument("file", metavar="FILE", help="a video file")
+    add_model(timeline, views=False)
+    timeline.add_argument("--clip-seconds", type=float, metavar="S", help="that a clip spans (default: the model's)")
+    timeline.add_argument("--hop", type=float, metavar="S", help="from one clip to the next (default: half a clip)")
+    timeline.add_argument("--smooth", type=positive, default=3, metavar="N", help="moments averaged (odd, default 3)")
+    timeline.add_argument("--batch-size", type=positive, default=8, metavar="B", help="clips at a time (default 8)")
+    timeline.add_argument("--segments", type=Path, metavar="FILE", help="write the segments, as .csv or .json")
+    timeline.add_argument("-o", "--output", type=Path, metavar="FILE", help="draw the scores: .png, .pdf or .svg")
+    timeline.set_defaults(run=_timeline)
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help=".png, .pdf or .svg")
+
+
+def _confusion(args: argparse.Namespace) -> int:
+    from ..analyze import most_confused, plot_confusion
+    from ..evaluate import Scores
+
+    scores = Scores.load(args.scores)
+    with extra("analyze"):
+        plot_confusion(scores, args.output)
+    for true, taken, share, number in most_confused(scores):
+        print(f"{share:7.2%}  {true} taken for {taken} ({number})")
+    return 0
+
+
+def _tsne(args: argparse.Namespace) -> int:
+    from ..analyze import collect_features, plot_tsne
+    from ..figures import check_target
+
+    check_target(args.output)
+    model, options = set_up(args, need_classifier=False)
+    clips = eval_clips(args, model)
+    features, labels, _ = collect_features(
+        model, clips, batch_size=args.batch_size, workers=args.workers, dtype=options["dtype"], progress=True
+    )
+    with extra("analyze"):
+        plot_tsne(features, labels, clips.annotations.classes, args.output, num_classes=args.classes)
+    return 0
+
+
+def _erf(args: argparse.Namespace) -> int:
+    import torch
+
+    from ..analyze import plot_receptive_field, receptive_field, share_that_holds
+    from ..data import EvalTransform, VideoReader
+    from ..figures import check_target
+    from ..predict import sampling_of
+
+    check_target(args.output)
+    model, _ = set_up(args, need_classifier=False)
+    transform, sampling = EvalTransform.from_model(model, size=model.img_size), sampling_of(model)
+    readers = [VideoReader(file) for file in args.files]
+    clips = [transform(reader.read(sampling.several(reader.info.num_frames, 1)[0])) for reader in readers]
+    field = receptive_field(model, torch.cat(clips).to(model.cls_token), "token" if args.token else "centre")
+    of = "class token" if args.token else "central patch"
+    with extra("analyze"):
+        plot_receptive_field(field, args.output, f"{args.model}: effective receptive field of the {of}")
+    print(f"half of the gradient lies on {share_that_holds(field, 0.5):.2%} of the pixels of {len(field)} frames")
+    return 0
+
+
+def _cost(args: argparse.Namespace) -> int:
+    from ..analyze import manifest_rows, plot_cost, read_cost_rows
+
+    rows = read_cost_rows(args.rows) if args.rows else manifest_rows(args.of)
+    title = "Accuracy against cost" if args.rows else f"Accuracy against cost, {args.of}"
+    with extra("analyze"):
+        plot_cost(rows, args.output, title)
+    return 0
+
+
+def _timeline(args: argparse.Namespace) -> int:
+    from ..figures import check_target
+    from ..timeline import check_segments_file, plot_timeline, timeline, write_segments
+
+    if args.output is not None:
+        check_target(args.output)
+    if args.segments is not None:
+        check_segments_file(args.segments)
+    model, options = set_up(args, need_classifier=True)
+    scores = timeline(
+        model,
+        args.file,
+        clip_seconds=args.clip_seconds,
+        hop=args.hop,
+        batch_size=args.batch_size,
+        dtype=options["dtype"],
+        progress=True,
+    )
+    segments = scores.segments(args.smooth)
+    if args.segments is not None:
+        write_segments(segments, args.segments)
+    if args.output is not None:
+        with extra("analyze"):
+            plot_timeline(scores, args.output, args.smooth)
+    for segment in segments:
+        print(f"{_clock(segment.start)} to {_clock(segment.end)}  {segment.score:7.2%}  {segment.label}")
+    return 0
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(10 * seconds), 600)
+    return f"{minutes:3}:{seconds / 10:04.1f}"

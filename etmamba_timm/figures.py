@@ -1,0 +1,65 @@
+"""What all figures share: matplotlib, which an extra brings, without its global state; colours; whole files or none."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SUFFIXES = (".png", ".pdf", ".svg")
+# Told apart by the colour-blind (Okabe & Ito 2008), the light yellow left out; and shapes that are told apart anyway.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000")
+MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*", "<", ">")
+NO_VALUE = "#d9d9d9"  # grey: nothing is known there, or nothing arrives
+_DPI = 150
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure of this size, in inches; 10 are 1500 pixels.
+
+    Raises:
+        ImportError: matplotlib isn't installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise missing(error) from error
+    figure = Figure((width, height), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def check_target(path: str | Path) -> None:
+    """Raises ValueError if no figure can be written to `path`: to be called before the work."""
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{path}: figures are written as {', '.join(SUFFIXES)}; give a name that ends so")
+    if not path.resolve().parent.is_dir():
+        raise ValueError(f"{path.parent}: no such folder; make it first")
+
+
+def save_figure(figure: "Figure", path: str | Path) -> None:
+    """Writes the file, whole or not at all; its suffix picks the format.
+
+    Raises:
+        ValueError: as `check_target`.
+    """
+    check_target(path)
+    path = Path(path).resolve()  # writes through a link
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".etmamba-") as folder:
+        draft = Path(folder) / path.name
+        figure.savefig(draft)
+        os.replace(draft, path)
+
+
+def missing(error: ImportError) -> ImportError:
+    """The error that says how to get what the extra `analyze` brings."""
+    return ImportError(f"{error.name} isn't installed; pip install 'etmamba-timm[analyze]'", name=error.name)
+
+
+def short(label: str, length: int = 28) -> str:
+    """A class's name, cut where it is too long for a figure."""
+    return label if len(label) <= length else label[: length - 1].rstrip() + "…"

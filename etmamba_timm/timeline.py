@@ -199,6 +199,7 @@ def plot_timeline(timeline: Timeline, path: str | Path, smooth: int = 3) -> None
     rows = [label for label in led if label in most]
     figure = new_figure(10, 1.9 + 0.35 * len(rows))
     from matplotlib.patches import Rectangle
+    from matplotlib.ticker import MaxNLocator
 
     of = f"; {len(rows)} of {len(led)} leading classes are shown" if len(rows) < len(led) else ""
     axes = figure.add_subplot(
@@ -217,6 +218,7 @@ def plot_timeline(timeline: Timeline, path: str | Path, smooth: int = 3) -> None
             axes.add_patch(outline)
     axes.set_yticks(range(len(rows)), [short(label) for label in rows])
     axes.invert_yaxis()
+    axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 1.5, 3, 6, 10]))
     axes.xaxis.set_major_formatter(lambda seconds, _: f"{int(seconds // 60)}:{seconds % 60:04.1f}".removesuffix(".0"))
     save_figure(figure, path)
 

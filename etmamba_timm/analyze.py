@@ -68,8 +68,8 @@ def plot_confusion(scores: Scores, path: str | Path) -> None:
     axes.set_facecolor(NO_VALUE)
     image = axes.imshow(np.ma.masked_invalid(shares), cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
     figure.colorbar(image, label="share of the true class's videos", shrink=0.8, format="{x:.0%}")
+    size = min(11.0, max(6.0, 170 / count))
     if named:
-        size = min(10, max(6.0, 330 / count))
         labels = [short(name) for name in scores.classes]
         axes.set_xticks(range(count), labels, rotation=90, fontsize=size)
         axes.set_yticks(range(count), labels, fontsize=size)
@@ -81,7 +81,7 @@ def plot_confusion(scores: Scores, path: str | Path) -> None:
         for (i, j), share in np.ndenumerate(shares):
             if share >= 0.005:
                 colour = "white" if share > 0.4 else "black"
-                axes.text(j, i, f"{100 * share:.0f}", ha="center", va="center", color=colour, fontsize=8)
+                axes.text(j, i, f"{100 * share:.0f}", ha="center", va="center", color=colour, fontsize=size)
     save_figure(figure, path)
 
 
@@ -156,7 +156,7 @@ def plot_tsne(
     for i, label in enumerate(chosen):
         x, y = points[labels == label].T.numpy()
         style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-        axes.scatter(x, y, s=36, alpha=0.8, linewidths=0.4, edgecolors="white", label=short(classes[label]), **style)
+        axes.scatter(x, y, s=44, alpha=0.8, linewidths=0.4, edgecolors="white", label=short(classes[label]), **style)
     figure.legend(loc="outside right upper", fontsize=10 if len(chosen) <= 25 else 7, ncols=1 + len(chosen) // 45)
     save_figure(figure, path)
 
@@ -214,33 +214,39 @@ def share_that_holds(field: Tensor, part: float) -> float:
 def plot_receptive_field(field: Tensor, path: str | Path, title: str = "Effective receptive field") -> None:
     """A field [T, H, W] as one heat map a frame, and as a curve over the frames.
 
-    Colours are logarithmic, over four decades below the largest value; what is exactly zero is grey.
+    Both are logarithmic: colours over four decades below the largest value, what is exactly zero in grey; the curve, of
+    each frame's share of the whole, over as many as it takes.
     """
     check_target(path)
     count, height, width = field.shape
     columns = min(count, 8)
     rows = -(-count // columns)
-    side = 10 / columns if count > 1 else 6
-    curve = 2.2 if count > 1 else 0
-    heights = [side * height / width + 0.25] * rows + [curve] * bool(curve)
-    figure = new_figure(10, sum(heights) + 1.0)
+    side = 8.2 / max(columns, 2) if count > 1 else 7  # inches
+    maps_height, curve_height = rows * (side * height / width + 0.25) + 0.3, 2.2 * (count > 1)
+    figure = new_figure(10, maps_height + curve_height + 0.3)
     from matplotlib.colors import LogNorm
 
     figure.suptitle(title)
-    grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
+    parts = figure.subfigures(
+        2 if count > 1 else 1, 1, squeeze=False, height_ratios=[maps_height, curve_height][:count]
+    )
+    grid = parts[0, 0].subplots(rows, columns, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
     norm, colours = LogNorm(1e-4, 1, clip=True), "viridis"
     relative = (field / field.max()).numpy()
-    maps = []
-    for t in range(count):
-        axes = figure.add_subplot(grid[divmod(t, columns)], xticks=[], yticks=[], facecolor=NO_VALUE)
+    for t, axes in enumerate(grid.flat):
+        if t >= count:
+            axes.set_visible(False)
+            continue
+        axes.set_facecolor(NO_VALUE)
         axes.set_title(f"frame {t}", fontsize=8, pad=3)
         image = axes.imshow(np.ma.masked_equal(relative[t], 0), cmap=colours, norm=norm, interpolation="nearest")
-        maps.append(axes)
-    figure.colorbar(image, ax=maps, label="gradient, of its maximum", shrink=0.9 if rows < 4 else 0.5)
-    if curve:
-        axes = figure.add_subplot(grid[-1, :], xlabel="frame", ylabel="share of the gradient", yscale="log")
+    parts[0, 0].colorbar(image, ax=grid, label="gradient / max.", extend="min", aspect=20 if rows < 4 else 40)
+    if count > 1:
+        axes = parts[1, 0].subplots()
         shares = field.double().sum((1, 2)).numpy()
         axes.plot(np.where(shares > 0, shares, np.nan), color=COLOURS[0], marker="o", markersize=3)
+        axes.set(xlabel="frame", ylabel="share of the gradient", yscale="log", xlim=(-0.5, count - 0.5))
+        axes.set_ylim(min(1e-2, shares[shares > 0].min() / 2), 1.5)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     save_figure(figure, path)
@@ -343,8 +349,12 @@ def plot_cost(rows: Sequence[CostRow], path: str | Path, title: str = "Accuracy 
         raise ValueError("there are no rows to draw")
     figure = new_figure(10, 7)
     axes = figure.add_subplot(
-        xscale="log", xlabel="multiply-adds of all views, G (scan included)", ylabel="top-1 accuracy, %", title=title
+        xscale="log",
+        xlabel="multiply-adds of all views, G (scan included); a mark's area grows with the parameters",
+        ylabel="top-1 accuracy, %",
+        title=title,
     )
+    axes.xaxis.set_major_formatter("{x:,g}")
     sources = sorted({row.source for row in rows} - {MEASURED})
     largest = max(row.params for row in rows)
     for source in [MEASURED, *sources]:
@@ -386,7 +396,7 @@ def _write_names(axes, points: Sequence[tuple[float, float, str]]) -> None:
             text = axes.annotate(name, (x, y), (dx, dy), textcoords="offset points", ha=side, va="center", fontsize=7.5)
             box = text.get_window_extent(renderer)
             inside = axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1)
-            if inside and not box.count_overlaps(taken) and not any(box.contains(*place) for place in places):
+            if inside and not box.count_overlaps(taken) and not any(box.padded(6).contains(*place) for place in places):
                 break
             text.remove()
         else:

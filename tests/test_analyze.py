@@ -1,5 +1,7 @@
 """Confusions, features, receptive fields and costs: the numbers are checked by hand, the figures are drawn."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -203,3 +205,16 @@ def test_the_commands(model, data, tmp_path, capsys):
     table.write_text("name,params,macs,top1,source\na,1000,2000,50,measured here\nb,1,x,2,the paper\n")
     assert main(["analyze", "cost", "--rows", str(table), "-o", str(tmp_path / "x.png")]) == 2
     assert "rows.csv, line 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("blocked", "arguments"), [("matplotlib", ["cost"]), ("sklearn", ["tsne", "--model", "x", "--data", "x"])]
+)
+def test_without_the_extra(blocked, arguments, tmp_path):
+    code = (
+        f"import sys; sys.modules[{blocked!r}] = None; from etmamba_timm.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "analyze", *arguments, "-o", str(tmp_path / "x.png")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert f"{blocked} isn't installed; pip install 'etmamba-timm[analyze]'" in done.stderr

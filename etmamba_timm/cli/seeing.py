@@ -54,13 +54,23 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help=".png, .pdf or .svg")
 
 
+def _check(output: Path) -> None:
+    """Raises ValueError, before the work, if no figure can be drawn or written there."""
+    from ..figures import check_target
+
+    with extra("analyze"):
+        import matplotlib  # noqa: F401
+        import sklearn  # noqa: F401
+    check_target(output)
+
+
 def _confusion(args: argparse.Namespace) -> int:
     from ..analyze import most_confused, plot_confusion
     from ..evaluate import Scores
 
+    _check(args.output)
     scores = Scores.load(args.scores)
-    with extra("analyze"):
-        plot_confusion(scores, args.output)
+    plot_confusion(scores, args.output)
     for true, taken, share, number in most_confused(scores):
         print(f"{share:7.2%}  {true} taken for {taken} ({number})")
     return 0
@@ -68,16 +78,14 @@ def _confusion(args: argparse.Namespace) -> int:
 
 def _tsne(args: argparse.Namespace) -> int:
     from ..analyze import collect_features, plot_tsne
-    from ..figures import check_target
 
-    check_target(args.output)
+    _check(args.output)
     model, options = set_up(args, need_classifier=False)
     clips = eval_clips(args, model)
     features, labels, _ = collect_features(
         model, clips, batch_size=args.batch_size, workers=args.workers, dtype=options["dtype"], progress=True
     )
-    with extra("analyze"):
-        plot_tsne(features, labels, clips.annotations.classes, args.output, num_classes=args.classes)
+    plot_tsne(features, labels, clips.annotations.classes, args.output, num_classes=args.classes)
     return 0
 
 
@@ -86,18 +94,16 @@ def _erf(args: argparse.Namespace) -> int:
 
     from ..analyze import plot_receptive_field, receptive_field, share_that_holds
     from ..data import EvalTransform, VideoReader
-    from ..figures import check_target
     from ..predict import sampling_of
 
-    check_target(args.output)
+    _check(args.output)
     model, _ = set_up(args, need_classifier=False)
     transform, sampling = EvalTransform.from_model(model, size=model.img_size), sampling_of(model)
     readers = [VideoReader(file) for file in args.files]
     clips = [transform(reader.read(sampling.several(reader.info.num_frames, 1)[0])) for reader in readers]
     field = receptive_field(model, torch.cat(clips).to(model.cls_token), "token" if args.token else "centre")
     of = "class token" if args.token else "central patch"
-    with extra("analyze"):
-        plot_receptive_field(field, args.output, f"{args.model}: effective receptive field of the {of}")
+    plot_receptive_field(field, args.output, f"{args.model}: effective receptive field of the {of}")
     print(f"half of the gradient lies on {share_that_holds(field, 0.5):.2%} of the pixels of {len(field)} frames")
     return 0
 
@@ -105,19 +111,18 @@ def _erf(args: argparse.Namespace) -> int:
 def _cost(args: argparse.Namespace) -> int:
     from ..analyze import manifest_rows, plot_cost, read_cost_rows
 
+    _check(args.output)
     rows = read_cost_rows(args.rows) if args.rows else manifest_rows(args.of)
     title = "Accuracy against cost" if args.rows else f"Accuracy against cost, {args.of}"
-    with extra("analyze"):
-        plot_cost(rows, args.output, title)
+    plot_cost(rows, args.output, title)
     return 0
 
 
 def _timeline(args: argparse.Namespace) -> int:
-    from ..figures import check_target
     from ..timeline import check_segments_file, plot_timeline, timeline, write_segments
 
     if args.output is not None:
-        check_target(args.output)
+        _check(args.output)
     if args.segments is not None:
         check_segments_file(args.segments)
     model, options = set_up(args, need_classifier=True)
@@ -134,8 +139,7 @@ def _timeline(args: argparse.Namespace) -> int:
     if args.segments is not None:
         write_segments(segments, args.segments)
     if args.output is not None:
-        with extra("analyze"):
-            plot_timeline(scores, args.output, args.smooth)
+        plot_timeline(scores, args.output, args.smooth)
     for segment in segments:
         print(f"{_clock(segment.start)} to {_clock(segment.end)}  {segment.score:7.2%}  {segment.label}")
     return 0

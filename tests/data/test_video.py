@@ -112,6 +112,28 @@ def test_indices_may_be_other_integers(video):
         assert numbers(read_frames(video("h264.mp4"), kind)) == indices
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_stream_gives_what_reading_gives(video, name):
+    reader = VideoReader(video(name))
+    wanted = [0, 3, 4, 20, 21, FRAMES - 1]
+    streamed = list(reader.stream(wanted))
+    assert torch.equal(torch.stack(streamed), reader.read(wanted))
+    with pytest.raises(IndexError, match=f"choose from 0 to {FRAMES - 1}"):
+        next(reader.stream([3, FRAMES]))
+
+
+@pytest.mark.parametrize("name", ["h264.mp4", "h264-b.mp4", "h264.avi", "h264.h264", "vp9.webm"])
+def test_times_of_a_steady_video(video, name):
+    times = VideoReader(video(name)).times()
+    assert times == pytest.approx([i / 25 for i in range(FRAMES)], abs=1e-3)
+
+
+def test_times_of_an_irregular_video(video):
+    name = "h264-irregular.mp4"
+    pts = FORMATS[name]["pts"]
+    assert VideoReader(video(name)).times() == pytest.approx([(time - pts[0]) / TICKS for time in pts], abs=1e-3)
+
+
 def test_no_indices_no_frames(video):
     assert read_frames(video("h264.mp4"), []).shape == (0, 48, 64, 3)
 
@@ -379,6 +401,13 @@ def test_neighbours_stand_in_for_damaged_frames(tmp_path, video, caplog, name, d
 def test_later_frames_stand_in_where_none_are_earlier(tmp_path, video):
     path = damage(video("h264.mp4"), tmp_path / "a.mp4", range(12))
     assert numbers(read_frames(path, [3, 20, 0])) == [12, 20, 12]
+
+
+def test_neighbours_stand_in_in_a_stream_too(tmp_path, video, caplog):
+    reader = VideoReader(damage(video("h264.mp4"), tmp_path / "x.mp4", range(24, 36)))
+    assert numbers(list(reader.stream([22, 24, 30, 36]))) == [22, 23, 23, 36]
+    assert len(warnings_of(caplog)) == 1
+    assert warnings_of(caplog)[0].endswith("2 of 4 wanted frames cannot be decoded; the nearest ones stand in")
 
 
 def test_sound_frames_of_a_damaged_file_come_without_warning(tmp_path, video, caplog):

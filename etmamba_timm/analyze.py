@@ -50,7 +50,7 @@ def most_confused(scores: Scores, k: int = 10) -> list[tuple[str, str, float, in
 def plot_confusion(scores: Scores, path: str | Path) -> None:
     """The row-normalised confusion matrix (paper fig. 8): of each class's videos, the share taken for each class.
 
-    Up to 20 classes have percentages in the cells, up to 60 their names at the sides, more every fiftieth's number.
+    Up to 20 classes have percentages in the cells, up to 60 their names at the sides, more a number here and there.
     Rows of classes without videos are grey. The colours are those of the square root: rare confusions show too.
     """
     check_target(path)

@@ -61,5 +61,8 @@ def missing(error: ImportError) -> ImportError:
 
 
 def short(label: str, length: int = 28) -> str:
-    """A class's name, cut where it is too long for a figure."""
-    return label if len(label) <= length else label[: length - 1].rstrip() + "…"
+    """A class's name; one too long for a figure loses its middle, since many differ at the end alone."""
+    if len(label) <= length:
+        return label
+    end = (length - 1) // 2
+    return label[: length - 1 - end].rstrip() + "…" + label[-end:].lstrip()

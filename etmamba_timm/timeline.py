@@ -201,10 +201,8 @@ def plot_timeline(timeline: Timeline, path: str | Path, smooth: int = 3) -> None
     from matplotlib.patches import Rectangle
     from matplotlib.ticker import MaxNLocator
 
-    of = f"; {len(rows)} of {len(led)} leading classes are shown" if len(rows) < len(led) else ""
-    axes = figure.add_subplot(
-        xlabel="time, min:s", title=f"Class scores over time, and the segments where a class leads{of}"
-    )
+    of = f" ({len(rows)} of {len(led)} classes that lead)" if len(rows) < len(led) else ""
+    axes = figure.add_subplot(xlabel="time, min:s", title=f"Class scores over time; outlined where a class leads{of}")
     columns = [timeline.classes.index(label) for label in rows]
     edges = [*timeline.times[:, 0].tolist(), timeline.times[-1, 1].item()]
     borders = [row - 0.5 for row in range(len(rows) + 1)]
@@ -216,7 +214,7 @@ def plot_timeline(timeline: Timeline, path: str | Path, smooth: int = 3) -> None
             corner = segment.start, rows.index(segment.label) - 0.5
             outline = Rectangle(corner, segment.end - segment.start, 1, fill=False, edgecolor="#D55E00", linewidth=1.2)
             axes.add_patch(outline)
-    axes.set_yticks(range(len(rows)), [short(label) for label in rows])
+    axes.set_yticks(range(len(rows)), [short(label, 40) for label in rows])
     axes.invert_yaxis()
     axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 1.5, 3, 6, 10]))
     axes.xaxis.set_major_formatter(lambda seconds, _: f"{int(seconds // 60)}:{seconds % 60:04.1f}".removesuffix(".0"))

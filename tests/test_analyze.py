@@ -30,6 +30,7 @@ from etmamba_timm.analyze import (
 from etmamba_timm.cli import main
 from etmamba_timm.data import EvalClips, EvalTransform, Sampling, read_folders
 from etmamba_timm.evaluate import Scores
+from etmamba_timm.figures import short
 from etmamba_timm.models.save import save_checkpoint
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_frames": 4, "img_size": 32, "patch_size": 8}
@@ -178,6 +179,12 @@ def test_figures_go_where_they_can(tmp_path):
     for suffix in ("pdf", "svg"):
         plot_confusion(scores, tmp_path / f"c.{suffix}")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.pdf", "c.svg"]
+
+
+def test_long_names_lose_their_middle():
+    names = [f"Pushing something from {a} to {b}" for a, b in (("left", "right"), ("right", "left"))]
+    assert [short(name) for name in names] == ["Pushing someth…left to right", "Pushing someth…right to left"]
+    assert short(names[0], 40) == names[0]
 
 
 def test_the_commands(model, data, tmp_path, capsys):

@@ -28,10 +28,10 @@ class Recipe:
             number of classes differs.
         num_frames, stride: of a clip; stride 0 spreads the frames over the whole video.
         size: height and width of a clip, in pixels.
-        epochs, warmup_epochs: of training, and of these with a rising rate.
+        epochs, warmup_epochs: of training, and of these with a rising rate; the latter may be a fraction.
         batch_size: clips of an update in each process.
         accumulate: parts that such a batch is cut into, one after another, to save memory.
-        opt: an optimiser of timm.
+        opt, opt_args: an optimiser of timm, and more arguments of timm's `create_optimizer_v2`.
         lr, min_lr, warmup_lr: rates for 256 clips an update; scaled linearly to the actual number.
         weight_decay, betas: of the optimiser.
         layer_decay: factor of the rate from a block to the one before it; 1 for none.
@@ -58,10 +58,11 @@ class Recipe:
     stride: int = 2
     size: int = 224
     epochs: int = 30
-    warmup_epochs: int = 1
+    warmup_epochs: float = 1
     batch_size: int = 64
     accumulate: int = 1
     opt: str = "adamw"
+    opt_args: dict = field(default_factory=dict)
     lr: float = 3e-4
     min_lr: float = 1e-6
     warmup_lr: float = 1e-6
@@ -101,7 +102,7 @@ class Recipe:
             if not 0 <= getattr(self, name) <= 1:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must be within 0 and 1")
         if self.warmup_epochs >= self.epochs:
-            raise RecipeError(f"warmup_epochs is {self.warmup_epochs} of {self.epochs} epochs; leave some after it")
+            raise RecipeError(f"warmup_epochs is {self.warmup_epochs:g} of {self.epochs} epochs; leave some after it")
         if self.batch_size % self.accumulate:
             raise RecipeError(f"batch_size {self.batch_size} can't be cut into {self.accumulate} equal parts")
         if (self.mixup or self.cutmix) and self.batch_size // self.accumulate % 2:

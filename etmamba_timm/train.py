@@ -400,23 +400,28 @@ def _datasets(
 
 
 def _optimizer(recipe: Recipe, model: nn.Module, processes: int) -> torch.optim.Optimizer:
-    return create_optimizer_v2(
-        model,
-        recipe.opt,
-        lr=recipe.scaled(recipe.lr, processes),
-        weight_decay=recipe.weight_decay,
-        betas=recipe.betas,
-        layer_decay=None if recipe.layer_decay == 1 else recipe.layer_decay,
-    )
+    try:
+        return create_optimizer_v2(
+            model,
+            recipe.opt,
+            lr=recipe.scaled(recipe.lr, processes),
+            weight_decay=recipe.weight_decay,
+            betas=recipe.betas,
+            layer_decay=None if recipe.layer_decay == 1 else recipe.layer_decay,
+            **recipe.opt_args,
+        )
+    except (TypeError, ValueError) as error:
+        raise TrainingError(f"opt {recipe.opt!r} with opt_args {recipe.opt_args}: {error}") from error
 
 
 def _scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, updates: int, processes: int) -> CosineLRScheduler:
     """A linear warm-up and then a half cosine, stepped at each update."""
+    warmup = round(recipe.warmup_epochs * updates)
     return CosineLRScheduler(
         optimizer,
-        t_initial=(recipe.epochs - recipe.warmup_epochs) * updates,
+        t_initial=recipe.epochs * updates - warmup,
         lr_min=recipe.scaled(recipe.min_lr, processes),
-        warmup_t=recipe.warmup_epochs * updates,
+        warmup_t=warmup,
         warmup_lr_init=recipe.scaled(recipe.warmup_lr, processes),
         warmup_prefix=True,
         t_in_epochs=False,

@@ -42,10 +42,13 @@ def test_rates_scale_with_the_clips_of_an_update():
 
 def test_files_and_overrides(tmp_path):
     file = tmp_path / "own.yaml"
-    file.write_text("precision: no\nlr: 1e-3\nepochs: 7\nscale: [0.5, 1]\nrand_augment:\nmodel_args: {depth: 2}\n")
+    file.write_text(
+        "precision: no\nlr: 1e-3\nepochs: 7\nscale: [0.5, 1]\nrand_augment:\nmodel_args: {depth: 2}\nwarmup_epochs: 0.5\n"
+    )
     recipe = load_recipe(file, epochs=9, flip=0)
     assert (recipe.lr, recipe.epochs, recipe.scale, recipe.rand_augment) == (1e-3, 9, (0.5, 1.0), "")
     assert (recipe.flip, recipe.model_args, recipe.precision) == (0.0, {"depth": 2}, "no")
+    assert recipe.warmup_epochs == 0.5
     file.write_text(recipe.to_yaml())
     assert load_recipe(file) == recipe
     assert asdict(Recipe()) == asdict(load_recipe("k400", dataset="folders"))

@@ -208,6 +208,8 @@ def test_gradients_that_explode_stop_it(recipe, data, tmp_path, capsys):
         (("checkpoint=nowhere.pth",), "nowhere.pth: no such checkpoint"),
         (("dataset=kinetics",), "holds no train.csv"),
         (("epoch=1",), "unknown settings epoch"),
+        (("opt=adamx",), "opt 'adamx' with opt_args {}: "),
+        (("opt=muon", "opt_args={momentun: 0.9}"), "opt 'muon' with opt_args {'momentun': 0.9}: "),
     ],
 )
 def test_runs_that_cannot_be(recipe, data, tmp_path, settings, said, capsys):

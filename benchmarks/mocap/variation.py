@@ -38,10 +38,10 @@ class Range:
 
 
 RANGES = {
-    "azimuth": Range(0, 180, "ttvtettvtett"),  # degrees off the recording's forward axis, to either side
-    "elevation": Range(4, 44, "ttvttett"),  # degrees
+    "azimuth": Range(30, 150, "ttvtettvtett"),  # degrees off the recording's forward axis, to either side
+    "elevation": Range(4, 28, "ttvttett"),  # degrees
     "distance": Range(3, 7.2, "ttvtett"),  # metres; with `fill` it settles the field of view
-    "fill": Range(0.76, 0.97, "tvttett"),  # the longer side of the figure's bounding box over the video, in frames
+    "fill": Range(0.84, 0.98, "tvttett"),  # the longer side of the figure's bounding box over the video, in frames
     "speed": Range(0.85, 1.2, "tvttett"),
     "phase": Range(0, 1, "ttvttettvt"),  # where a cycle starts, or how early an action that happens once
     "shirt_hue": Range(0, 1, "ttvtettvtett"),
@@ -125,9 +125,7 @@ def draw(seed: int, part: str, action: str, number: int) -> dict:
 
     held = {name: values.draw(rng, part)[0] for name, values in RANGES.items() if name not in DRIFTING}
     side = int(rng.choice([-1, 1]))
-    dark = bool(rng.integers(2))  # a dark ground under light clothes, or the other way round
-    clothes = (0.7, 1.0) if dark else (0.25, 0.6)
-    grounds = rng.uniform(*((0.22, 0.38) if dark else (0.6, 0.72))) + np.array([0, rng.uniform(0.12, 0.28)])
+    grounds = rng.uniform(0.12, 0.22) + np.array([0, rng.uniform(0.06, 0.12)])
     fair, deep = np.array([0.96, 0.78, 0.66]), np.array([0.36, 0.22, 0.15])
     return {
         "action": action,
@@ -137,9 +135,9 @@ def draw(seed: int, part: str, action: str, number: int) -> dict:
         "seconds": uniform(*SECONDS),
         "mirror": bool(rng.integers(2)),
         "aim": [uniform(-0.03, 0.03), uniform(-0.03, 0.03)],  # the figure's offset from the middle, in frames
-        "shirt": colour(held["shirt_hue"], (0.45, 0.95), clothes),
-        "trousers": colour(held["trousers_hue"], (0.3, 0.9), clothes),
-        "shoes": colour(uniform(0, 1), (0, 0.6), (0.1, 1)),
+        "shirt": colour(held["shirt_hue"], (0.2, 0.8), (0.7, 1.0)),
+        "trousers": colour(held["trousers_hue"], (0.2, 0.8), (0.7, 1.0)),
+        "shoes": colour(uniform(0, 1), (0, 0.6), (0.5, 1)),
         "hair": colour(uniform(0.03, 0.13), (0.2, 0.7), (0.05, 0.6)),
         "skin": (fair + held["skin_tone"] * (deep - fair)).round(4).tolist(),
         "sleeves": ["long", "short"][rng.integers(2)],
@@ -148,7 +146,7 @@ def draw(seed: int, part: str, action: str, number: int) -> dict:
         "ground_colours": [colour(held["ground_hue"], (0.05, 0.4), (value, value)) for value in grounds],
         "ground_turn": uniform(0, 90),  # degrees
         "ground_offset": [uniform(0, 10), uniform(0, 10)],  # metres
-        "sky": colour(held["sky_hue"], (0.0, 0.4), (0.4, 0.98)),
+        "sky": colour(held["sky_hue"], (0.0, 0.4), (0.1, 0.3)),
         "light": [uniform(-180, 180), uniform(35, 75)],  # azimuth off the camera's, elevation, in degrees
         "light_strength": [uniform(0.4, 0.6), uniform(0.4, 0.7)],  # ambient, diffuse
         "body": {name: uniform(0.92, 1.08) for name in ("torso", "arms", "legs", "shoulders", "hips")}

@@ -43,7 +43,8 @@ def test_rates_scale_with_the_clips_of_an_update():
 def test_files_and_overrides(tmp_path):
     file = tmp_path / "own.yaml"
     file.write_text(
-        "precision: no\nlr: 1e-3\nepochs: 7\nscale: [0.5, 1]\nrand_augment:\nmodel_args: {depth: 2}\nwarmup_epochs: 0.5\n"
+        "precision: no\nlr: 1e-3\nepochs: 7\nwarmup_epochs: 0.5\nscale: [0.5, 1]\nrand_augment:\n"
+        "model_args: {depth: 2}\n"
     )
     recipe = load_recipe(file, epochs=9, flip=0)
     assert (recipe.lr, recipe.epochs, recipe.scale, recipe.rand_augment) == (1e-3, 9, (0.5, 1.0), "")

@@ -1,0 +1,90 @@
+"""The rows of the paper's ablation (Table 5) on rendered motion: the same budget, data and recipe for all.
+
+python -m benchmarks.mocap.ablation DATA RUNS --seeds 0 1 --jobs 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import timm
+
+from benchmarks.common import write
+from etmamba_timm.models.cost import count_cost
+from etmamba_timm.recipe import load_recipe
+
+from .pairs import accuracies
+from .runs import Run, train_all
+
+RECIPE = Path(__file__).with_name("ablation.yaml")
+ROWS = {"a": "videomamba_ti", "b": "videomamba_ti_stfp", "c": "etmamba_ti_ebs", "d": "etmamba_ti"}
+
+
+def measure(row: str, seed: int, run: Run) -> dict:
+    """What a run came to, on the test videos."""
+    recipe = load_recipe(RECIPE)
+    model = timm.create_model(
+        ROWS[row], num_classes=20, num_frames=recipe.num_frames, img_size=recipe.size, **recipe.model_args
+    )
+    cost, scores = count_cost(model), run.test()
+    pairs = [right for _, _, right in accuracies(scores).values()]
+    return {
+        "row": row,
+        "model": ROWS[row],
+        "model_args": json.dumps(recipe.model_args),
+        "seed": seed,
+        "parameters": cost.params,
+        "multiply_adds": cost.total_macs,
+        "clips": int(run.log("train.csv")[-1]["update"]) * recipe.batch_size,
+        "ms_a_clip": round(1e3 * run.seconds_a_clip(), 1),
+        "val_top1": max(r["top1"] for r in run.log("val.csv")),
+        "test_top1": scores.topk(1),
+        "test_pairs": statistics.mean(pairs),
+    }
+
+
+def table(results: list[dict]) -> str:
+    """Means over the seeds and, in brackets, least and most, as Markdown."""
+    lines = [
+        "| row | parameters | multiply-adds | time a clip, in (a) | test top-1 | right one of reversed pairs |",
+        "|---|---|---|---|---|---|",
+    ]
+
+    def of(row: str, key: str) -> list[float]:
+        return [r[key] for r in results if r["row"] == row]
+
+    def spread(values: list[float]) -> str:
+        return f"{statistics.mean(values):.1%} ({min(values):.1%}–{max(values):.1%})"
+
+    for row, name in ROWS.items():
+        times = statistics.mean(of(row, "ms_a_clip")) / statistics.mean(of("a", "ms_a_clip"))
+        lines.append(
+            f"| ({row}) `{name}` | {of(row, 'parameters')[0] / 1e6:.2f} M | {of(row, 'multiply_adds')[0] / 1e6:.0f} M "
+            f"| {times:.2f} | {spread(of(row, 'test_top1'))} | {spread(of(row, 'test_pairs'))} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, help="the rendered dataset")
+    parser.add_argument("runs", type=Path, help="a folder for the runs; those in it are gone on with")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
+    args = parser.parse_args()
+    runs = {
+        (row, seed): Run(args.runs / f"{row}-{seed}", RECIPE, args.data, {"model": ROWS[row], "seed": seed})
+        for seed in args.seeds
+        for row in ROWS
+    }
+    train_all(list(runs.values()), args.jobs)
+    results = [measure(row, seed, run) for (row, seed), run in runs.items()]
+    write("mocap_ablation", results)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

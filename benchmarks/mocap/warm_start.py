@@ -1,0 +1,89 @@
+"""ETMamba-Ti on half of the classes: from a VideoMamba-Ti of the other half by the warm-start map, and from scratch.
+
+python -m benchmarks.mocap.warm_start DATA RUNS --seeds 0 1 --jobs 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from benchmarks.common import write
+from etmamba_timm.recipe import load_recipe
+
+from .runs import Run, train_all
+from .variation import CLASSES, PARTS
+
+RECIPE = Path(__file__).with_name("warm_start.yaml")
+FIRST = CLASSES[::2]  # VideoMamba learns these, ETMamba the others
+PICTURE = Path(__file__).parents[1] / "results" / "mocap_warm_start.png"
+
+
+def part_of(data: Path, out: Path, classes: list[str]) -> Path:
+    """A dataset of some classes alone, made of links."""
+    for part in PARTS:
+        (out / part).mkdir(parents=True, exist_ok=True)
+        for name in classes:
+            if not (out / part / name).exists():
+                (out / part / name).symlink_to((data / part / name).resolve(), target_is_directory=True)
+    return out
+
+
+def draw(curves: dict[str, list[list[dict]]], batch_size: int) -> None:
+    """Validation accuracy over clips: each start's mean over the seeds, least and most."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name, logs in curves.items():
+        clips = [row["update"] * batch_size / 1000 for row in logs[0]]
+        values = [[100 * log[i]["top1"] for log in logs] for i in range(len(clips))]
+        axes.plot(clips, [statistics.mean(v) for v in values], marker="o", label=name)
+        axes.fill_between(clips, [min(v) for v in values], [max(v) for v in values], alpha=0.2)
+    axes.set(xlabel="thousand clips", ylabel="validation top-1, %", ylim=(0, None))
+    axes.legend()
+    figure.savefig(PICTURE, dpi=150)
+    print(f"written: {PICTURE}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, help="the rendered dataset")
+    parser.add_argument("runs", type=Path, help="a folder for the runs; those in it are gone on with")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
+    args = parser.parse_args()
+    first = part_of(args.data, args.runs / "first-half", list(FIRST))
+    second = part_of(args.data, args.runs / "second-half", [name for name in CLASSES if name not in FIRST])
+    sources = [
+        Run(args.runs / f"source-{seed}", RECIPE, first, {"model": "videomamba_ti", "seed": seed})
+        for seed in args.seeds
+    ]
+    train_all(sources, args.jobs)
+    runs = {"from scratch": [], "from VideoMamba by the warm-start map": []}
+    for seed, source in zip(args.seeds, sources, strict=True):
+        settings = {"model": "etmamba_ti", "seed": seed}
+        fresh, warm = runs.values()
+        fresh.append(Run(args.runs / f"fresh-{seed}", RECIPE, second, settings))
+        warm.append(Run(args.runs / f"warm-{seed}", RECIPE, second, settings | {"checkpoint": source.weights}))
+    train_all([run for pair in zip(*runs.values(), strict=True) for run in pair], args.jobs)
+    batch_size = load_recipe(RECIPE).batch_size
+    curves = {name: [run.log("val.csv") for run in of_name] for name, of_name in runs.items()}
+    rows = [
+        {"start": name, "seed": seed, "clips": int(row["update"]) * batch_size, "val_top1": row["top1"]}
+        for name, logs in curves.items()
+        for seed, log in zip(args.seeds, logs, strict=True)
+        for row in log
+    ]
+    rows += [
+        {"start": run.folder.name, "clips": 0, "test_top1": run.test().topk(1)} for of in runs.values() for run in of
+    ]
+    write("mocap_warm_start", rows)
+    draw(curves, batch_size)
+
+
+if __name__ == "__main__":
+    main()

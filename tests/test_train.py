@@ -237,6 +237,7 @@ def test_processes_that_do_not_see_each_other_are_refused(recipe, data, tmp_path
 def test_from_scratch_it_tells_held_out_directions_apart(recipe, tmp_path):
     write_shapes(tmp_path / "train", 256, seed=0)
     write_shapes(tmp_path / "val", 50, seed=1)
-    settings = ("epochs=14", "batch_size=24", "lr=1e-2", "clip_grad=0", "label_smoothing=0", "drop_path=0", "ema=0.99")
-    assert main(arguments(recipe, tmp_path, tmp_path / "run", *settings, "eval_epochs=7")) == 0
+    settings = ("epochs=7", "batch_size=24", "lr=6e-2", "label_smoothing=0", "drop_path=0", "ema=0.98", "opt=muon")
+    others = "opt_args={fallback_no_weight_decay: true, fallback_lr_scale: 0.3}"
+    assert main(arguments(recipe, tmp_path, tmp_path / "run", *settings, others, "eval_epochs=7")) == 0
     assert Scores.load(tmp_path / "run" / "scores.safetensors").topk(1) > 0.95

@@ -1,0 +1,53 @@
+"""Test videos drawn by a seed, one after the other in a long one; prints when each begins, as CSV.
+
+python -m benchmarks.mocap.join DATA long.mp4 --videos 30 > truth.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from .render import encode
+from .sheet import read
+from .variation import FPS
+
+
+def join(data: Path, out: Path, count: int, seed: int) -> list[tuple[float, str]]:
+    """Writes `count` of the dataset's test videos as one; returns when each begins, in seconds, and its class."""
+    videos = sorted((data / "test").glob("*/*.mp4"))
+    drawn = [videos[i] for i in np.random.default_rng(seed).permutation(len(videos))[:count]]
+    parts = [read(video) for video in drawn]
+    encode(out, np.concatenate(parts))
+    starts = np.cumsum([0, *map(len, parts[:-1])]) / FPS
+    return [(start.item(), video.parent.name) for start, video in zip(starts, drawn, strict=True)]
+
+
+def share_right(truth: list[tuple[float, str]], segments: Path) -> float:
+    """The share of the time that segments (CSV of `etmamba timeline --segments`) name as the truth does."""
+    with segments.open(newline="") as file:
+        rows = [(float(row["start"]), float(row["end"]), row["label"]) for row in csv.DictReader(file)]
+    ends = [start for start, _ in truth[1:]] + [rows[-1][1]]
+    right = 0.0
+    for (start, name), end in zip(truth, ends, strict=True):
+        right += sum(max(0.0, min(end, b) - max(start, a)) for a, b, label in rows if label == name)
+    return right / rows[-1][1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, help="the rendered dataset")
+    parser.add_argument("out", type=Path, help="the video to write")
+    parser.add_argument("--videos", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    print("start,class")
+    for start, name in join(args.data, args.out, args.videos, args.seed):
+        print(f"{start:.2f},{name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""What the results are made of: pairs, tables, joined videos, and the shipped folder's place in the manifest."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from etmamba_timm.evaluate import Scores
+from etmamba_timm.models import save_checkpoint
+from etmamba_timm.recipe import load_recipe
+from etmamba_timm.run_folder import RECIPE_FILE
+
+from . import ablation, ship
+from .join import join, share_right
+from .pairs import PAIRS, accuracies
+from .render import encode
+from .sheet import read
+from .variation import ACTIONS, CLASSES, FPS
+
+
+def scores(taken_for: dict[str, list[tuple[str, str]]]) -> Scores:
+    """Of one video for each `class: [(likeliest, second)]`."""
+    names = sorted(CLASSES)
+    labels, rows = [], []
+    for name, takes in taken_for.items():
+        for first, second in takes:
+            row = torch.zeros(len(names))
+            row[names.index(first)], row[names.index(second)] = 0.6, 0.4
+            rows.append(row)
+            labels.append(names.index(name))
+    return Scores(torch.stack(rows), torch.tensor(labels), torch.arange(len(rows)), 0, 0, names)
+
+
+def test_each_backwards_class_has_its_motion():
+    assert len(PAIRS) == sum(action.backwards for action in ACTIONS.values()) == 5
+    assert ("getup_faceup", "lie_down_faceup") in PAIRS
+    assert ("walk", "walk_backwards") in PAIRS
+
+
+def test_accuracies_of_a_pair():
+    everywhere = {name: [(name, "kick")] for pair in PAIRS for name in pair}
+    of_walk = {
+        "walk": [("walk", "walk_backwards"), ("kick", "walk"), ("walk_backwards", "walk"), ("walk", "kick")],
+        "walk_backwards": [("walk_backwards", "kick"), ("walk", "walk_backwards")],
+    }
+    found = accuracies(scores(everywhere | of_walk | {"kick": [("walk", "kick")]}))
+    assert found["walk", "walk_backwards"] == pytest.approx((2 / 4, 1 / 2, 4 / 6))
+    assert found["run", "run_backwards"] == (1, 1, 1)
+
+
+@pytest.mark.parametrize("row", ablation.ROWS)
+def test_rows_are_the_papers(row):
+    """(a) no stem, two SSMs; (b) the stem; (c) EBS; (d) STCM; all of the recipe's width and depth."""
+    recipe = load_recipe(ablation.RECIPE)
+    model = timm.create_model(ablation.ROWS[row], num_frames=recipe.num_frames, img_size=64, **recipe.model_args)
+    has_stem = not isinstance(model.stem, torch.nn.Identity)
+    names = {name.rpartition(".")[2] for name, _ in model.named_parameters()} | {n for n, _ in model.named_modules()}
+    assert has_stem == (row != "a")
+    assert ("A_b_log" in names) == (row in "ab")
+    assert ("blocks.0.local" in names) == (row == "d")
+    assert (model.embed_dim, len(model.blocks)) == (96, 8)
+
+
+def test_table_gives_means_and_spreads():
+    rows = [
+        {"row": row, "parameters": 1.5e6, "multiply_adds": 2e8, "ms_a_clip": ms, "test_top1": top1, "test_pairs": 0.5}
+        for row, ms in zip("abcd", (10, 11, 12, 25), strict=True)
+        for top1 in (0.25, 0.35)
+    ]
+    lines = ablation.table(rows).splitlines()
+    assert lines[-1] == "| (d) `etmamba_ti` | 1.50 M | 200 M | 2.50 | 30.0% (25.0%–35.0%) | 50.0% (50.0%–50.0%) |"
+    assert len(lines) == 6
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Three test videos, each of one brightness."""
+    for i, name in enumerate(("kick", "punch", "walk")):
+        (tmp_path / "test" / name).mkdir(parents=True)
+        encode(tmp_path / "test" / name / "0000.mp4", np.full((15 + 3 * i, 32, 32, 3), 60 * (i + 1), np.uint8))
+    return tmp_path
+
+
+def test_joined_videos_begin_when_it_is_said(data):
+    truth = join(data, data / "long.mp4", 3, seed=0)
+    levels = read(data / "long.mp4").mean((1, 2, 3))
+    shown = {"kick": 60, "punch": 120, "walk": 180}
+    assert sorted(name for _, name in truth) == sorted(shown)
+    assert len(levels) == 15 + 18 + 21
+    for start, name in truth:
+        assert levels[round(start * FPS)] == pytest.approx(shown[name], abs=8)
+        assert levels[round(start * FPS) + 14] == pytest.approx(shown[name], abs=8)
+
+
+def test_share_of_the_time_that_is_right(tmp_path):
+    file = tmp_path / "segments.csv"
+    file.write_text("start,end,label,score\n0,1.5,kick,0.9\n1.5,3,walk,0.8\n3,4,kick,0.7\n")
+    assert share_right([(0.0, "kick"), (2.0, "walk")], file) == pytest.approx((1.5 + 1) / 4)
+
+
+def test_shipping_a_run_twice_leaves_one_entry(tmp_path, monkeypatch):
+    run, weights = tmp_path / "run", tmp_path / "weights"
+    weights.mkdir()
+    before = '{\n  "one": {"status": "published"}\n}\n'
+    (weights / "manifest.json").write_text(before)
+    monkeypatch.setattr(ship, "WEIGHTS", weights)
+    model = timm.create_model("etmamba_ti", num_classes=20, num_frames=8, img_size=32, depth=1, embed_dim=32)
+    save_checkpoint(model, run / "model", label_names=list(CLASSES), clip={"stride": 0})
+    (run / RECIPE_FILE).write_text(load_recipe(ship.ROOT / "benchmarks" / "mocap" / "recipe.yaml").to_yaml())
+    everything = scores({name: [(name, "kick" if name != "kick" else "walk")] for name in CLASSES})
+    folder = weights / ship.NAME
+    for _ in range(2):
+        ship.save(run, folder, everything)
+        ship.enter(folder)
+    manifest = json.loads((weights / "manifest.json").read_text())
+    assert list(manifest) == ["one", ship.NAME]
+    assert manifest[ship.NAME]["figures"][0] | {"views": 0} == {
+        "dataset": ship.DATASET,
+        "metric": "top-1",
+        "value": 100.0,
+        "views": 0,
+        "whose": "measured here on 20 videos",
+    }
+    card = (folder / "README.md").read_text()
+    assert "one recording of one person" in card
+    assert "zlib" in card
+    assert (folder / "model.safetensors").stat().st_size < 3 * sum(p.numel() for p in model.parameters())

@@ -2,8 +2,8 @@
 
 python -m benchmarks.mocap.figures DATA RUN
 
-Confusions (of the scores that ship.py left in RUN), t-SNE, effective receptive field, a timeline over test videos joined
-to a long one, and the run's learning curve.
+Confusions (of the scores that ship.py left in RUN), t-SNE, effective receptive field, a timeline over joined test
+videos, and the run's learning curve.
 """
 
 from __future__ import annotations

@@ -51,7 +51,10 @@ def frames(parameters: dict) -> np.ndarray:
     level = np.percentile((points[..., 1] - radii).min(axis=1), 5)
     positions[..., 1] -= level
     points[..., 1] -= level
-    camera = Camera(parameters, points, radii, followed(points, times))
+    target = followed(points, times)
+    if not ACTIONS[parameters["action"]].camera_follows:
+        target = target.mean(axis=0, keepdims=True).repeat(len(times), axis=0)
+    camera = Camera(parameters, points, radii, target)
     light = light_direction(parameters)
     strength = parameters["light_strength"]
     figure = Figure(body, parameters)

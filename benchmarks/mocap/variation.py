@@ -61,13 +61,15 @@ class Action:
     """A class: which recording it is of, and what of it is shown.
 
     `part` is what a video must contain, in seconds of the recording; None for one that goes round, which may start
-    anywhere. `pace` is how many seconds of the recording a second of video shows, at speed 1.
+    anywhere. `pace` is how many seconds of the recording a second of video shows, at speed 1. Where the camera doesn't
+    follow, the figure crosses the picture.
     """
 
     recording: str
     pace: float
     part: tuple[float, float] | None = None
     backwards: bool = False
+    camera_follows: bool = True
 
 
 def _once(recording: str, start: float, end: float, backwards: bool = False) -> Action:
@@ -78,8 +80,8 @@ def _once(recording: str, start: float, end: float, backwards: bool = False) -> 
 ACTIONS = {
     "backflip": _once("backflip", 0.3, 1.35),
     "cartwheel": _once("cartwheel", 0.55, 2.1),
-    "crawl": Action("crawl", 1.4),
-    "crawl_backwards": Action("crawl", 1.4, backwards=True),
+    "crawl": Action("crawl", 1.4, camera_follows=False),
+    "crawl_backwards": Action("crawl", 1.4, camera_follows=False, backwards=True),
     "dance_a": Action("dance_a", 1.0),
     "dance_b": Action("dance_b", 1.0),
     "getup_facedown": _once("getup_facedown", 0.9, 2.7),
@@ -90,12 +92,12 @@ ACTIONS = {
     "lie_down_faceup": _once("getup_faceup", 0.5, 3.4, backwards=True),
     "punch": _once("punch", 0.55, 1.8),
     "roll": _once("roll", 0.25, 1.75),
-    "run": Action("run", 0.45),
-    "run_backwards": Action("run", 0.45, backwards=True),
+    "run": Action("run", 0.2, camera_follows=False),
+    "run_backwards": Action("run", 0.2, camera_follows=False, backwards=True),
     "spin": _once("spin", 0.9, 2.7),
     "spinkick": _once("spinkick", 0.2, 1.1),
-    "walk": Action("walk", 0.75),
-    "walk_backwards": Action("walk", 0.75, backwards=True),
+    "walk": Action("walk", 0.5, camera_follows=False),
+    "walk_backwards": Action("walk", 0.5, camera_follows=False, backwards=True),
 }
 CLASSES = tuple(ACTIONS)
 

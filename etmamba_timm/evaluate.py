@@ -40,9 +40,11 @@ class Scores:
     classes: list[str]
 
     def topk(self, k: int) -> float:
-        """Share of videos whose class is among the k likeliest."""
-        k = min(k, self.probabilities.shape[1])
-        return (self.probabilities.topk(k).indices == self.labels[:, None]).any(1).double().mean().item()
+        """Share of videos whose class is among the k likeliest; of equally likely ones, the first comes first."""
+        own = self.probabilities.gather(1, self.labels[:, None])
+        sooner = torch.arange(self.probabilities.shape[1]) < self.labels[:, None]
+        before = (self.probabilities > own) | (self.probabilities == own) & sooner
+        return (before.sum(1) < k).double().mean().item()
 
     def per_class(self) -> list[float | None]:
         """Each class's share of videos that are recognised; None for a class without videos."""

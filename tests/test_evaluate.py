@@ -72,6 +72,15 @@ def test_the_model_and_the_generators_are_left_as_they_were(model, clips):
     model.eval()
 
 
+@pytest.mark.parametrize("classes", [2, 5, 40])
+def test_all_figures_take_the_same_of_equally_likely_classes(classes):
+    """Scores under autocast to bfloat16 are often equal, and topk takes any of them."""
+    labels = torch.arange(classes)
+    scores = Scores(torch.ones(classes, classes), labels, labels, 0, 0, [str(i) for i in range(classes)])
+    assert scores.per_class() == [1.0] + [0.0] * (classes - 1)
+    assert [scores.topk(k) for k in range(1, classes + 1)] == [k / classes for k in range(1, classes + 1)]
+
+
 def test_figures():
     probabilities = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.4, 0.1], [0.1, 0.2, 0.7], [0.9, 0.0, 0.1]])
     scores = Scores(probabilities, torch.tensor([0, 1, 1, 0]), torch.arange(4), 1, 2, ["a", "b", "c"])

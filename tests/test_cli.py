@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -46,6 +47,23 @@ def test_predict_prints_top_classes(trained, capsys):
     assert len(lines) == 3
     assert all("%  class " in line for line in lines[1:])
     assert err == ""
+
+
+def test_predict_alone_names_the_sample(capsys):
+    """Its file name says what it shows."""
+    assert main(["predict", "--topk", "1"]) == 0
+    out, err = capsys.readouterr()
+    file, best = out.splitlines()
+    assert best.split("%  ")[1] == Path(file).stem.removeprefix("sample_")
+    assert err == ""
+
+
+def test_predict_without_a_model_takes_the_shipped_one_and_says_so(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    assert main(["predict", "good.mp4", "--topk", "20"]) == 0
+    out, err = capsys.readouterr()
+    assert {line.split("%  ")[1] for line in out.splitlines()[1:]} >= {"cartwheel", "walk_backwards"}
+    assert err.startswith("etmamba: etmamba_ti.mocap knows 20 actions of rendered figures")
 
 
 def test_predict_json_is_what_python_gives(trained, capsys):
@@ -147,6 +165,7 @@ def test_features_of_nothing_write_nothing(trained, folder):
         (["predict", "good.mp4", "--model", "etmamba_ti"], "is a starting point for training"),
         (["features", "good.mp4", "--model", "etmamba_ti_ebs", "-o", "f.safetensors"], "has no trained weights"),
         (["predict", "good.mp4", "--model", "resnet999"], "unknown model 'resnet999'"),
+        (["predict", "good.mp4", "--checkpoint", "weights.safetensors"], "--checkpoint needs --model"),
         (["predict", "good.mp4", "--model", "etmamba_ti", "--device", "cuda:77"], "device 'cuda:77' can't be used"),
         (["predict", "good.mp4", "--model", "etmamba_ti", "--device", "gpu"], "device 'gpu' can't be used"),
         (["predict", "good.mp4", "--model", "etmamba_ti", "--checkpoint", "w.pth"], "w.pth: no such checkpoint"),
@@ -170,8 +189,8 @@ def test_what_cannot_be_done_says_why_and_exits_2(argv, message, folder, monkeyp
 @pytest.mark.parametrize(
     "argv",
     [
-        ["predict", "good.mp4"],
-        ["predict", "--model", "etmamba_ti"],
+        ["features", "good.mp4", "-o", "f.safetensors"],
+        ["features", "--model", "etmamba_ti", "-o", "f.safetensors"],
         ["predict", "good.mp4", "--model", "m", "--topk", "0"],
         ["predict", "good.mp4", "--model", "m", "--num-crops", "2"],
         ["predict", "good.mp4", "--model", "m", "--dtype", "int8"],

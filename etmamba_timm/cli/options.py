@@ -16,15 +16,10 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def add_model_and_files(parser: argparse.ArgumentParser) -> None:
-    """A model, and the video files it is to run on."""
-    parser.add_argument("files", nargs="+", metavar="FILE", help="video files")
-    add_model(parser)
-
-
-def add_model(parser: argparse.ArgumentParser, views: bool = True) -> None:
-    """A model and how it is to run, on how many views of a video if there is a choice."""
-    parser.add_argument("--model", required=True, help="a model's name, hf-hub:ORG/NAME or local-dir:FOLDER")
+def add_model(parser: argparse.ArgumentParser, views: bool = True, default: str | None = None) -> None:
+    """A model and how it is to run, on how many views of a video if there is a choice; `default` is told, not set."""
+    text = "a model's name, hf-hub:ORG/NAME or local-dir:FOLDER" + (f" (default {default})" if default else "")
+    parser.add_argument("--model", required=default is None, help=text)
     parser.add_argument("--checkpoint", type=Path, help="its weights: .safetensors or .pth, ours or VideoMamba's")
     if views:
         parser.add_argument("--num-clips", type=positive, default=1, metavar="N", help="clips over a video (default 1)")

@@ -7,19 +7,23 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .options import add_model_and_files, each, positive, set_up
+from .options import add_model, each, positive, set_up
+
+SHIPPED = "etmamba_ti.mocap"
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Adds the parsers of this module's commands."""
     predict = commands.add_parser("predict", help="name the action in video files")
-    add_model_and_files(predict)
+    predict.add_argument("files", nargs="*", metavar="FILE", help="video files (default: a sample of the package)")
+    add_model(predict, default=SHIPPED)
     predict.add_argument("--topk", type=positive, default=5, metavar="K", help="classes to print (default 5)")
     predict.add_argument("--json", action="store_true", help="print one JSON object a file, each on a line")
     predict.set_defaults(run=_predict)
 
     features = commands.add_parser("features", help="write features of video files")
-    add_model_and_files(features)
+    features.add_argument("files", nargs="+", metavar="FILE", help="video files")
+    add_model(features)
     features.add_argument("-o", "--output", type=Path, required=True, help="a .safetensors file")
     features.set_defaults(run=_features)
 
@@ -27,6 +31,13 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 def _predict(args: argparse.Namespace) -> int:
     from ..predict import predict, top_classes
 
+    if args.model is None:
+        if args.checkpoint is not None:
+            raise ValueError("--checkpoint needs --model: what it holds the weights of")
+        args.model = SHIPPED
+        if args.files:
+            print(f"etmamba: {SHIPPED} knows 20 actions of rendered figures; --model names another", file=sys.stderr)
+    args.files = args.files or [_sample()]
     model, options = set_up(args, need_classifier=True)
 
     def one(file: str) -> str:
@@ -36,6 +47,13 @@ def _predict(args: argparse.Namespace) -> int:
         return "\n".join([file, *(f"  {p['score']:7.2%}  {p['label']}" for p in best)])
 
     return each(args, one, lambda text: print(text, flush=True))
+
+
+def _sample() -> str:
+    """A video that the shipped checkpoint hasn't seen; its name says what it shows."""
+    from ..models.manifest import weights_folder
+
+    return str(next(weights_folder().glob("sample_*.mp4")))
 
 
 def _features(args: argparse.Namespace) -> int:

@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from .data import EvalClips, collate
+from .files import whole_file
 
 
 @dataclass(frozen=True)
@@ -66,13 +65,10 @@ class Scores:
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, whole or not at all: the tensors, and the rest in its metadata."""
-        path = Path(path)
         tensors = {name: getattr(self, name).contiguous() for name in ("probabilities", "labels", "indices")}
         rest = {"classes": self.classes, "failed": self.failed, "missing": self.missing}
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".etmamba-") as folder:
-            draft = Path(folder) / "scores"
+        with whole_file(path) as draft:
             save_file(tensors, draft, {"scores": json.dumps(rest)})
-            os.replace(draft, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Scores":

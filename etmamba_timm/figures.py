@@ -1,9 +1,9 @@
 """What all figures share: matplotlib, which an extra brings, without its global state; colours; whole files or none."""
 
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .files import check_file, whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,11 +34,7 @@ def new_figure(width: float, height: float) -> "Figure":
 
 def check_target(path: str | Path) -> None:
     """Raises ValueError if no figure can be written to `path`: to be called before the work."""
-    path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{path}: figures are written as {', '.join(SUFFIXES)}; give a name that ends so")
-    if not path.resolve().parent.is_dir():
-        raise ValueError(f"{path.parent}: no such folder; make it first")
+    check_file(path, SUFFIXES, "figures")
 
 
 def save_figure(figure: "Figure", path: str | Path) -> None:
@@ -48,11 +44,8 @@ def save_figure(figure: "Figure", path: str | Path) -> None:
         ValueError: as `check_target`.
     """
     check_target(path)
-    path = Path(path).resolve()  # writes through a link
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".etmamba-") as folder:
-        draft = Path(folder) / path.name
+    with whole_file(path) as draft:
         figure.savefig(draft)
-        os.replace(draft, path)
 
 
 def missing(error: ImportError) -> ImportError:

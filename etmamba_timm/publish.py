@@ -6,6 +6,7 @@ publish(folder, "me/etmamba_ti.mocap")
 """
 
 import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -39,7 +40,7 @@ class HubFolder:
 
     Attributes:
         path: where it is.
-        config: its config.json.
+        config: what config.json is to say.
         params: the model's parameters, counted.
         dtype: that most of its weights are stored in.
         sha256, size: of model.safetensors, in hexadecimal digits and bytes.
@@ -79,8 +80,12 @@ class HubFolder:
         }
 
 
-def check_folder(path: str | Path) -> HubFolder:
+def check_folder(path: str | Path, licence: str | None = None) -> HubFolder:
     """Loads the model of a folder as anyone would, and checks what its config.json says of it.
+
+    Args:
+        path: of the folder, which is left as it is.
+        licence: instead of the one that config.json states, e.g. 'Apache-2.0'.
 
     Raises:
         FolderError: a file is missing or damaged, the architecture is unknown, weights don't fit or aren't finite,
@@ -92,6 +97,8 @@ def check_folder(path: str | Path) -> HubFolder:
         raise FolderError(f"{path} has no {' and no '.join(missing)}; `etmamba convert` makes such a folder")
     try:
         config = read_config(path)
+        if licence:
+            config["card"] = config.get("card", {}) | {"licence": licence}
         architecture = config["architecture"]
         if architecture not in VARIANTS:
             raise FolderError(f"its architecture {architecture!r} is unknown; choose one of {', '.join(VARIANTS)}")
@@ -134,9 +141,9 @@ def _problems(config: Mapping, model: EtMamba, classes: int) -> list[str]:
     if clip.get("num_frames") != model.num_frames:
         out.append(f"the block 'clip' says {clip.get('num_frames')} frames, the model is made for {model.num_frames}")
     if not licence_of(config):
-        out.append('no licence is stated; put it in the block \'card\', {"card": {"licence": "Apache-2.0"}}')
+        out.append("no licence is stated; give one (--licence Apache-2.0)")
     for figure in card.get("figures", []):
-        lacking = [key for key in FIGURE_KEYS if not figure.get(key)]
+        lacking = [key for key in FIGURE_KEYS if figure.get(key) in (None, "")]
         if lacking:
             out.append(f"a figure doesn't tell its {' and '.join(lacking)}: {figure}")
     return out
@@ -163,8 +170,11 @@ def publish(folder: HubFolder, repo: str, *, private: bool = False, revision: st
         PublishError: the Hub can't be reached, or refuses.
     """
     check_repo(repo)
-    operations = [CommitOperationAdd(name, str(folder.path / name)) for name in (WEIGHTS_FILE, CONFIG_FILE)]
-    operations.append(CommitOperationAdd("README.md", folder.card(repo).encode()))
+    operations = [
+        CommitOperationAdd(WEIGHTS_FILE, str(folder.path / WEIGHTS_FILE)),
+        CommitOperationAdd(CONFIG_FILE, json.dumps(folder.config, indent=2, ensure_ascii=False).encode()),
+        CommitOperationAdd("README.md", folder.card(repo).encode()),
+    ]
     api = HfApi(library_name="etmamba_timm")
     message = f"{folder.config['architecture']}, {folder.params:,} parameters"
     try:

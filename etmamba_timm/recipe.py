@@ -25,7 +25,7 @@ class Recipe:
         model_args: more of its arguments.
         pretrained: whether to start from that model's weights.
         checkpoint: a file of weights to start from instead, ours or VideoMamba's; its classifier is left out if the
-            number of classes differs.
+            number of classes differs. An ETMamba starts from VideoMamba's as `etmamba_ti.videomamba_in1k`.
         num_frames, stride: of a clip; stride 0 spreads the frames over the whole video.
         size: height and width of a clip, in pixels.
         epochs, warmup_epochs: of training, and of these with a rising rate; the latter may be a fraction.

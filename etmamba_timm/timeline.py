@@ -3,8 +3,6 @@
 import csv
 import json
 import math
-import os
-import tempfile
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -19,6 +17,7 @@ from tqdm import tqdm
 
 from .data import EvalTransform, VideoReader
 from .figures import check_target, new_figure, save_figure, short
+from .files import check_file, whole_file
 from .models import EtMamba
 from .predict import class_names, sampling_of
 
@@ -155,11 +154,7 @@ def timeline(
 
 def check_segments_file(path: str | Path) -> None:
     """Raises ValueError if no segments can be written to `path`: to be called before the work."""
-    path = Path(path)
-    if path.suffix.lower() not in (".csv", ".json"):
-        raise ValueError(f"{path}: segments are written as .csv or .json; give a name that ends so")
-    if not path.resolve().parent.is_dir():
-        raise ValueError(f"{path.parent}: no such folder; make it first")
+    check_file(path, (".csv", ".json"), "segments")
 
 
 def write_segments(segments: list[Segment], path: str | Path) -> None:
@@ -169,20 +164,16 @@ def write_segments(segments: list[Segment], path: str | Path) -> None:
         ValueError: another suffix, or no such folder.
     """
     check_segments_file(path)
-    path = Path(path).resolve()
     rows = [asdict(segment) for segment in segments]
     for row in rows:
         row |= {"start": round(row["start"], 3), "end": round(row["end"], 3), "score": round(row["score"], 4)}
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".etmamba-") as folder:
-        draft = Path(folder) / path.name
-        with draft.open("w", newline="", encoding="utf-8") as file:
-            if path.suffix.lower() == ".json":
-                json.dump(rows, file, indent=1, ensure_ascii=False)
-            else:
-                writer = csv.DictWriter(file, [field.name for field in fields(Segment)])
-                writer.writeheader()
-                writer.writerows(rows)
-        os.replace(draft, path)
+    with whole_file(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
+        if draft.suffix.lower() == ".json":
+            json.dump(rows, file, indent=1, ensure_ascii=False)
+        else:
+            writer = csv.DictWriter(file, [field.name for field in fields(Segment)])
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 def plot_timeline(timeline: Timeline, path: str | Path, smooth: int = 3) -> None:

@@ -438,8 +438,6 @@ def _criterion(recipe: Recipe, num_classes: int) -> tuple[Mixup | None, nn.Modul
 
 def _check(recipe: Recipe, train_set: Annotations, val_set: Annotations, accelerator: Accelerator) -> None:
     processes = accelerator.num_processes
-    if recipe.pretrained and recipe.checkpoint:
-        raise TrainingError("the recipe has both pretrained and checkpoint; set pretrained to false")
     if recipe.ema and accelerator.distributed_type == DistributedType.FSDP:
         raise TrainingError("averaged weights (ema) can't be kept under FSDP; set ema to 0, or use DDP")
     if processes < (asked := int(os.environ.get("WORLD_SIZE", 1))):
@@ -482,7 +480,7 @@ def _card(recipe: Recipe, at: Progress, videos: int, figures: dict) -> dict:
     }
     return {
         "source": f"trained from {_start(recipe)} on {videos:,} videos ({recipe.dataset})",
-        "recipe": asdict(recipe),
+        "recipe": asdict(recipe) | {"checkpoint": Path(recipe.checkpoint).name},
         "figures": [common | {"metric": name, "value": round(100 * figures[key], 2)} for name, key in metrics],
         "notes": f"The weights are those after epoch {at.best_epoch + 1} of {recipe.epochs}, the best on these videos "
         "with one view each; so the figures flatter a little, and those on a separate test set would be fairer.",

@@ -172,7 +172,7 @@ def test_costs(tmp_path):
 
 def test_figures_go_where_they_can(tmp_path):
     scores = scores_of([0, 1], [0, 1], 2)
-    with pytest.raises(ValueError, match="figures are written as .png, .pdf, .svg"):
+    with pytest.raises(ValueError, match="figures are written as .png, .pdf or .svg"):
         plot_confusion(scores, tmp_path / "c.jpg")
     with pytest.raises(ValueError, match="no such folder; make it first"):
         plot_confusion(scores, tmp_path / "no" / "c.png")

@@ -63,7 +63,7 @@ def test_predict_without_a_model_takes_the_shipped_one_and_says_so(folder, monke
     assert main(["predict", "good.mp4", "--topk", "20"]) == 0
     out, err = capsys.readouterr()
     assert {line.split("%  ")[1] for line in out.splitlines()[1:]} >= {"cartwheel", "walk_backwards"}
-    assert err.startswith("etmamba: etmamba_ti.mocap knows 20 actions of rendered figures")
+    assert err.startswith("etmamba: etmamba_ti.mocap knows 20 actions of rendered figures, and nothing of real video")
 
 
 def test_predict_json_is_what_python_gives(trained, capsys):
@@ -166,10 +166,11 @@ def test_features_of_nothing_write_nothing(trained, folder):
         (["features", "good.mp4", "--model", "etmamba_ti_ebs", "-o", "f.safetensors"], "has no trained weights"),
         (["predict", "good.mp4", "--model", "resnet999"], "unknown model 'resnet999'"),
         (["predict", "good.mp4", "--checkpoint", "weights.safetensors"], "--checkpoint needs --model"),
+        (["predict", "--model", "etmamba_ti"], "no video files are given"),
         (["predict", "good.mp4", "--model", "etmamba_ti", "--device", "cuda:77"], "device 'cuda:77' can't be used"),
         (["predict", "good.mp4", "--model", "etmamba_ti", "--device", "gpu"], "device 'gpu' can't be used"),
         (["predict", "good.mp4", "--model", "etmamba_ti", "--checkpoint", "w.pth"], "w.pth: no such checkpoint"),
-        (["features", "good.mp4", "--model", "etmamba_ti", "-o", "f.npz"], "ends in .safetensors"),
+        (["features", "good.mp4", "--model", "etmamba_ti", "-o", "f.npz"], "features are written as .safetensors"),
         (["features", "good.mp4", "--model", "etmamba_ti", "-o", "no/f.safetensors"], "no: no such folder"),
         (["predict", "good.mp4", "--model", "etmamba_ti", "--device", "meta"], "device 'meta' can't be used"),
         (["info", "etmamba_x"], "unknown model 'etmamba_x'; choose one of videomamba_ti,"),

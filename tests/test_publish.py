@@ -92,6 +92,20 @@ def test_a_config_that_does_not_hold(folder, change, message):
         check_folder(folder)
 
 
+def test_a_figure_may_be_0(folder):
+    edit(folder, lambda c: c["card"].update(figures=[{**FIGURE, "value": 0.0}]))
+    assert check_folder(folder).manifest_entry("me/tiny")["figures"][0]["value"] == 0
+
+
+def test_a_licence_is_given_as_it_is_published(folder, capsys):
+    edit(folder, lambda c: c.pop("card"))
+    before = (folder / "config.json").read_bytes()
+    assert main(["publish", str(folder), "me/tiny", "--dry-run", "--licence", "MIT"]) == 0
+    assert "- Licence: MIT" in capsys.readouterr().out
+    assert check_folder(folder, "MIT").config["card"] == {"licence": "MIT"}
+    assert (folder / "config.json").read_bytes() == before
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_missing_and_damaged_files(folder, name):
     content = (folder / name).read_bytes()

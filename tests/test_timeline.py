@@ -201,4 +201,4 @@ def test_the_command(video, tmp_path, capsys):
     assert main(["timeline", str(video), "--model", "videomamba_ti_stfp", "-o", "x.png"]) == 2
     assert "no trained weights" in capsys.readouterr().err
     assert main(["timeline", str(video), *options, "-o", "t.bmp"]) == 2
-    assert "figures are written as .png, .pdf, .svg" in capsys.readouterr().err
+    assert "figures are written as .png, .pdf or .svg" in capsys.readouterr().err

@@ -204,7 +204,6 @@ def test_gradients_that_explode_stop_it(recipe, data, tmp_path, capsys):
     ("settings", "said"),
     [
         (("batch_size=64",), "44 videos make no batch of 64 in each of 1 processes; lower batch_size"),
-        (("pretrained=true", "checkpoint=x.pth"), "has both pretrained and checkpoint"),
         (("checkpoint=nowhere.pth",), "nowhere.pth: no such checkpoint"),
         (("dataset=kinetics",), "holds no train.csv"),
         (("epoch=1",), "unknown settings epoch"),

@@ -38,7 +38,7 @@ def measure(row: str, seed: int, run: Run) -> dict:
         "seed": seed,
         "parameters": cost.params,
         "multiply_adds": cost.total_macs,
-        "clips": int(run.log("train.csv")[-1]["update"]) * recipe.batch_size,
+        "clips": int(run.log("val.csv")[-1]["update"]) * recipe.batch_size,
         "ms_a_clip": round(1e3 * run.seconds_a_clip(), 1),
         "val_top1": max(r["top1"] for r in run.log("val.csv")),
         "test_top1": scores.topk(1),
@@ -49,7 +49,7 @@ def measure(row: str, seed: int, run: Run) -> dict:
 def table(results: list[dict]) -> str:
     """Means over the seeds and, in brackets, least and most, as Markdown."""
     lines = [
-        "| row | parameters | multiply-adds | time a clip, in (a) | test top-1 | right one of reversed pairs |",
+        "| row | parameters | multiply-adds | time a clip over (a)'s | test top-1 | right one of reversed pairs |",
         "|---|---|---|---|---|---|",
     ]
 

@@ -1,6 +1,7 @@
 """What the results are made of: pairs, tables, joined videos, and the shipped folder's place in the manifest."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from etmamba_timm.evaluate import Scores
 from etmamba_timm.models import save_checkpoint
 from etmamba_timm.recipe import load_recipe
 from etmamba_timm.run_folder import RECIPE_FILE
+from etmamba_timm.train import build_model
 
-from . import ablation, ship
+from . import ablation, ship, warm_start
 from .join import join, share_right
 from .pairs import PAIRS, accuracies
 from .render import encode
@@ -74,6 +76,19 @@ def test_table_gives_means_and_spreads():
     assert len(lines) == 6
 
 
+def test_warm_starts_take_all_but_the_classifier(tmp_path):
+    recipe = load_recipe(warm_start.RECIPE, model="videomamba_ti")
+    recipe = replace(recipe, model_args=recipe.model_args | {"embed_dim": 32, "depth": 2})
+    classes = [str(i) for i in range(10)]
+    source = build_model(recipe, classes)
+    save_checkpoint(source, tmp_path / "model")
+    file = warm_start.without_classifier(tmp_path / "model" / "model.safetensors", tmp_path / "start.safetensors")
+    model = build_model(replace(recipe, model=warm_start.WARM, checkpoint=str(file)), classes)
+    assert any(name.startswith("blocks.0.local") for name, _ in model.named_parameters())
+    assert torch.equal(model.patch_embed.proj.weight, source.patch_embed.proj.weight)
+    assert not torch.equal(model.head.weight, source.head.weight)
+
+
 @pytest.fixture
 def data(tmp_path):
     """Three test videos, each of one brightness."""
@@ -117,11 +132,11 @@ def test_shipping_a_run_twice_leaves_one_entry(tmp_path, monkeypatch):
     manifest = json.loads((weights / "manifest.json").read_text())
     assert list(manifest) == ["one", ship.NAME]
     assert manifest[ship.NAME]["figures"][0] | {"views": 0} == {
-        "dataset": ship.DATASET,
+        "dataset": "rendered motion capture, 20 videos of held-out views",
         "metric": "top-1",
         "value": 100.0,
         "views": 0,
-        "whose": "measured here on 20 videos",
+        "whose": "measured here",
     }
     card = (folder / "README.md").read_text()
     assert "one recording of one person" in card

@@ -30,8 +30,9 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     convert.set_defaults(run=_convert)
 
     publish = commands.add_parser("publish", help="check a folder in the Hub's layout, and upload it")
-    publish.add_argument("folder", type=Path, metavar="DIR", help="a folder that `etmamba convert` made")
+    publish.add_argument("folder", type=Path, metavar="DIR", help="that `etmamba convert` or `etmamba train` made")
     publish.add_argument("repo", metavar="REPO", help="ORG/NAME on the Hub; made if it isn't there")
+    publish.add_argument("--licence", help="e.g. Apache-2.0 (default: that of config.json)")
     publish.add_argument("--dry-run", action="store_true", help="check, show everything, upload nothing")
     publish.add_argument("--private", action="store_true", help="make a new repository private")
     publish.add_argument("--revision", metavar="BRANCH", help="a branch that is there (default main)")
@@ -145,7 +146,7 @@ def _publish(args: argparse.Namespace) -> int:
     from ..publish import check_folder, check_repo, publish
 
     check_repo(args.repo)
-    folder = check_folder(args.folder)
+    folder = check_folder(args.folder, args.licence)
     if not args.dry_run:
         print(publish(folder, args.repo, private=args.private, revision=args.revision))
         return 0

@@ -59,9 +59,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     import torch.distributed as dist
 
     from ..evaluate import evaluate
+    from ..files import check_file
 
-    if args.scores is not None and not args.scores.resolve().parent.is_dir():
-        raise ValueError(f"{args.scores.parent}: no such folder; make it first")
+    if args.scores is not None:
+        check_file(args.scores)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes > 1:  # started by torchrun or `accelerate launch`
         if args.device is None and torch.cuda.is_available():

@@ -2,9 +2,7 @@
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 
 from .options import add_model, each, positive, set_up
@@ -36,7 +34,10 @@ def _predict(args: argparse.Namespace) -> int:
             raise ValueError("--checkpoint needs --model: what it holds the weights of")
         args.model = SHIPPED
         if args.files:
-            print(f"etmamba: {SHIPPED} knows 20 actions of rendered figures; --model names another", file=sys.stderr)
+            text = f"{SHIPPED} knows 20 actions of rendered figures, and nothing of real video: for that, give --model"
+            print(f"etmamba: {text}", file=sys.stderr)
+    elif not args.files:
+        raise ValueError("no video files are given; without --model, there is a sample")
     args.files = args.files or [_sample()]
     model, options = set_up(args, need_classifier=True)
 
@@ -53,46 +54,41 @@ def _sample() -> str:
     """A video that the shipped checkpoint hasn't seen; its name says what it shows."""
     from ..models.manifest import weights_folder
 
-    return str(next(weights_folder().glob("sample_*.mp4")))
+    sample = next(weights_folder().glob("sample_*.mp4"), None)
+    if sample is None:
+        raise RuntimeError(f"no sample lies in {weights_folder()}; install etmamba-timm again, or name a video file")
+    return str(sample)
 
 
 def _features(args: argparse.Namespace) -> int:
+    from ..files import check_file
     from ..predict import extract_features
 
-    if args.output.suffix != ".safetensors":
-        raise ValueError(f"{args.output}: features are written as safetensors; give a name that ends in .safetensors")
-    args.output = args.output.resolve()  # writes through a link
-    if not args.output.parent.is_dir():
-        raise ValueError(f"{args.output.parent}: no such folder; make it first")
-    if args.output.is_dir():
-        raise ValueError(f"{args.output}: is a folder; name a file in it")
+    check_file(args.output, (".safetensors",), "features")
     inputs = [Path(file) for file in args.files] + ([args.checkpoint] if args.checkpoint else [])
     if args.output.exists() and any(path.exists() and path.samefile(args.output) for path in inputs):
         raise ValueError(f"{args.output}: is an input; name another file for the features")
+    model, options = set_up(args, need_classifier=False)
+    done = []
     try:
-        drafts = tempfile.TemporaryDirectory(dir=args.output.parent, prefix=".etmamba-")
-    except OSError as error:
-        raise ValueError(f"{args.output}: can't be written ({error.strerror}); choose another folder") from error
-    with drafts as folder:
-        model, options = set_up(args, need_classifier=False)
-        done = []
-        try:
-            return each(args, lambda file: (file, extract_features(model, file, **options)), done.append)
-        finally:  # also when it is interrupted
-            if done:
-                _write_features(args, done, Path(folder) / args.output.name)
-                print(f"features of {len(done)} of {len(args.files)} files: {args.output}", file=sys.stderr)
+        return each(args, lambda file: (file, extract_features(model, file, **options)), done.append)
+    finally:  # also when it is interrupted
+        if done:
+            _write_features(args, done)
+            print(f"features of {len(done)} of {len(args.files)} files: {args.output}", file=sys.stderr)
 
 
-def _write_features(args: argparse.Namespace, features: list[tuple], draft: Path) -> None:
+def _write_features(args: argparse.Namespace, features: list[tuple]) -> None:
     """Writes 'features' [files, D], and the files' names in the metadata; whole or not at all."""
     import torch
     from safetensors.torch import save
 
+    from ..files import whole_file
+
     files, rows = zip(*features, strict=True)
     metadata = {"files": json.dumps(files), "model": args.model, "checkpoint": str(args.checkpoint or "")}
     try:
-        draft.write_bytes(save({"features": torch.stack(rows)}, metadata))
-        os.replace(draft, args.output)
+        with whole_file(args.output) as draft:
+            draft.write_bytes(save({"features": torch.stack(rows)}, metadata))
     except OSError as error:
         raise ValueError(f"{args.output}: can't be written ({error.strerror})") from error

@@ -68,6 +68,8 @@ def save_checkpoint(
             (draft / "README.md").write_text(readme(config), encoding="utf-8")
         (draft / WEIGHTS_FILE).chmod(0o666 & ~_umask())  # safetensors lets nobody else read it
         draft.chmod(0o777 & ~_umask())
+        if folder.exists():
+            folder.rmdir()  # it is empty; Windows wouldn't replace it
         os.replace(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

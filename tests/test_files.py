@@ -1,0 +1,68 @@
+"""Files are written whole or not at all, and what can't be written is known before the work."""
+
+import os
+import re
+
+import pytest
+
+from etmamba_timm.files import check_file, whole_file
+
+
+def test_a_whole_file_replaces_the_old_one(tmp_path):
+    (tmp_path / "a.csv").write_text("old")
+    with whole_file(tmp_path / "a.csv") as draft:
+        draft.write_text("new")
+        assert (tmp_path / "a.csv").read_text() == "old"
+    assert (tmp_path / "a.csv").read_text() == "new"
+    assert os.listdir(tmp_path) == ["a.csv"]
+
+
+def test_an_error_leaves_the_old_one(tmp_path):
+    (tmp_path / "a.csv").write_text("old")
+
+    def interrupted() -> None:
+        with whole_file(tmp_path / "a.csv") as draft:
+            draft.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert (tmp_path / "a.csv").read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.csv"]
+
+
+def test_a_link_is_written_through(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a.csv").symlink_to(tmp_path / "folder" / "b.csv")
+    check_file(tmp_path / "a.csv")
+    with whole_file(tmp_path / "a.csv") as draft:
+        draft.write_text("new")
+    assert (tmp_path / "folder" / "b.csv").read_text() == "new"
+    assert (tmp_path / "a.csv").is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("a.txt", "a.txt: rows are written as .csv, .json or .npy; give a name that ends so"),
+        ("nowhere/a.csv", "nowhere: no such folder; make it first"),
+        ("folder.csv", "folder.csv: is a folder; name a file in it"),
+    ],
+)
+def test_what_cannot_be_written(name, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(ValueError, match="^" + re.escape(said) + "$"):
+        check_file(name, (".csv", ".json", ".npy"), "rows")
+
+
+@pytest.mark.skipif(getattr(os, "geteuid", lambda: 1)() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ValueError, match="can't be written"):
+        check_file(tmp_path / "a.csv")
+
+
+def test_checking_leaves_nothing(tmp_path):
+    check_file(tmp_path / "A.CSV", (".csv",))
+    assert os.listdir(tmp_path) == []

@@ -208,6 +208,9 @@ def test_the_commands(model, data, tmp_path, capsys):
     save_file({"x": torch.zeros(1)}, tmp_path / "no.safetensors")
     assert main(["analyze", "confusion", str(tmp_path / "no.safetensors"), "-o", str(tmp_path / "x.png")]) == 2
     assert "holds no scores" in capsys.readouterr().err
+    arguments = [*files, *source, "--dtype", "bfloat16", "-o", str(tmp_path / "x.png")]
+    assert main(["analyze", "erf", *arguments]) == 2
+    assert "computed in float32" in capsys.readouterr().err
     table = tmp_path / "rows.csv"
     table.write_text("name,params,macs,top1,source\na,1000,2000,50,measured here\nb,1,x,2,the paper\n")
     assert main(["analyze", "cost", "--rows", str(table), "-o", str(tmp_path / "x.png")]) == 2

@@ -12,7 +12,7 @@ from etmamba_timm.cli import parser
 from etmamba_timm.models import VARIANTS, count_cost, find_checkpoint
 
 REPO = Path(__file__).parents[1]
-README = (REPO / "README.md").read_text()
+README = (REPO / "README.md").read_text(encoding="utf-8")
 SHELL = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 

@@ -46,7 +46,7 @@ def cells_text(whole: Range, part: str) -> str:
 
 
 def test_the_readme_tells_the_ranges_and_grounds():
-    text = (Path(__file__).with_name("README.md")).read_text()
+    text = (Path(__file__).with_name("README.md")).read_text(encoding="utf-8")
     lines = [row for row in text.splitlines() if row.startswith("| `")]
     rows = {row.split("`")[1]: [cell.strip() for cell in row.split("|")[3:6]] for row in lines}
     for name, whole in RANGES.items():
@@ -166,7 +166,7 @@ def test_layout_resuming_and_the_same_bytes_again(tmp_path):
     assert found.classes == sorted(CLASSES)
     assert len(found.samples) == len(CLASSES)
     index = json.loads((tmp_path / "out" / "dataset.json").read_text())
-    paths = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.mp4")}
+    paths = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.mp4")}
     assert set(index["videos"]) == paths
 
     name = "train/kick/0000.mp4"

@@ -8,7 +8,7 @@ from .options import add_dataset, add_model, eval_clips, extra, positive, set_up
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Adds the parsers of this module's commands."""
-    analyze = commands.add_parser("analyze", help="draw what a model confuses, holds for alike, sees and costs")
+    analyze = commands.add_parser("analyze", help="draw confusions, features, receptive fields, cost")
     kinds = analyze.add_subparsers(required=True, metavar="FIGURE")
 
     confusion = kinds.add_parser("confusion", help="which class is taken for which")
@@ -97,6 +97,8 @@ def _erf(args: argparse.Namespace) -> int:
     from ..predict import sampling_of
 
     _check(args.output)
+    if args.dtype != "float32":
+        raise ValueError("the receptive field is computed in float32; leave --dtype out")
     model, _ = set_up(args, need_classifier=False)
     transform, sampling = EvalTransform.from_model(model, size=model.img_size), sampling_of(model)
     readers = [VideoReader(file) for file in args.files]

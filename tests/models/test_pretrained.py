@@ -251,7 +251,7 @@ def clone(models, tmp_path_factory) -> Path:
 
 def test_tags_of_our_own(hub, clone, models, tmp_path):
     code = """
-print(timm.list_pretrained('etmamba_ti.*')[:3] + [etmamba_timm.__file__])
+print(timm.list_pretrained('etmamba_ti.*')[:4] + [etmamba_timm.__file__])
 for name in ('etmamba_ti', 'etmamba_ti.tiny', 'etmamba_ti.hub', 'etmamba_ti.v1'):
     model = attempt(name)
     print(json.dumps([model.num_frames, model.img_size, model.clip_cfg, model.pretrained_cfg.get('label_names')]))
@@ -262,8 +262,8 @@ attempt('etmamba_ti.gone')
 print(timm.create_model('etmamba_ti').num_classes)
 """
     lines = run(code, hub.environment(tmp_path, PYTHONPATH=str(clone)))
-    listed = f"['etmamba_ti.bad', 'etmamba_ti.hub', 'etmamba_ti.tiny', '{clone / 'etmamba_timm/__init__.py'}']"
-    assert lines[0] == listed
+    tags = [f"etmamba_ti.{tag}" for tag in ("bad", "hub", "mocap", "tiny")]
+    assert lines[0] == str([*tags, str(clone / "etmamba_timm/__init__.py")])
     for i, model in enumerate(("main", "main", "main", "old")):
         out, told, kept = lines[1 + 3 * i : 4 + 3 * i]
         assert out == outputs(models[model])

@@ -67,7 +67,14 @@ def test_rows_are_the_papers(row):
 
 def test_table_gives_means_and_spreads():
     rows = [
-        {"row": row, "parameters": 1.5e6, "multiply_adds": 2e8, "step_ms_a_clip": ms, "test_top1": top1, "test_pairs": 0.5}
+        {
+            "row": row,
+            "parameters": 1.5e6,
+            "multiply_adds": 2e8,
+            "step_ms_a_clip": ms,
+            "test_top1": top1,
+            "test_pairs": 0.5,
+        }
         for row, ms in zip("abcd", (10, 11, 12, 25), strict=True)
         for top1 in (0.25, 0.35)
     ]

@@ -34,7 +34,8 @@ def create(row: str, recipe: Recipe) -> nn.Module:
 
 
 def step_times(runs: int) -> dict[str, float]:
-    """Milliseconds a clip of each row's forward and backward pass in training, in turn; the median of `runs`."""
+    """Milliseconds a clip of each row's forward and backward pass, in turn on one thread as in training; medians."""
+    torch.set_num_threads(1)
     recipe = load_recipe(RECIPE)
     clips = torch.randn(recipe.batch_size, 3, recipe.num_frames, recipe.size, recipe.size)
     labels = torch.arange(recipe.batch_size) % 20

@@ -1,7 +1,9 @@
 """What the results are made of: pairs, tables, joined videos, and the shipped folder's place in the manifest."""
 
+import csv
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +22,8 @@ from .pairs import PAIRS, accuracies
 from .render import encode
 from .sheet import read
 from .variation import ACTIONS, CLASSES, FPS
+
+ROOT = Path(__file__).parents[2]
 
 
 def scores(taken_for: dict[str, list[tuple[str, str]]]) -> Scores:
@@ -81,6 +85,15 @@ def test_table_gives_means_and_spreads():
     lines = ablation.table(rows).splitlines()
     assert lines[-1] == "| (d) `etmamba_ti` | 1.50 M | 200 M | 2.50 | 30.0% (25.0%–35.0%) | 50.0% (50.0%–50.0%) |"
     assert len(lines) == 6
+
+
+def test_the_readme_has_the_measured_table():
+    with (ROOT / "benchmarks" / "results" / "mocap_ablation.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row |= {name: float(row[name]) for name in ("parameters", "multiply_adds", "step_ms_a_clip")}
+        row |= {name: float(row[name]) for name in ("test_top1", "test_pairs")}
+    assert ablation.table(rows) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_warm_starts_take_all_but_the_classifier(tmp_path):

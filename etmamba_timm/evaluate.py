@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
@@ -68,7 +68,7 @@ class Scores:
         tensors = {name: getattr(self, name).contiguous() for name in ("probabilities", "labels", "indices")}
         rest = {"classes": self.classes, "failed": self.failed, "missing": self.missing}
         with whole_file(path) as draft:
-            save_file(tensors, draft, {"scores": json.dumps(rest)})
+            draft.write_bytes(save(tensors, {"scores": json.dumps(rest)}))  # save_file lets nobody else read it
 
     @classmethod
     def load(cls, path: str | Path) -> "Scores":

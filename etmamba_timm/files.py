@@ -24,6 +24,8 @@ def check_file(path: str | Path, suffixes: tuple[str, ...] = (), what: str = "fi
         raise ValueError(f"{path.parent}: no such folder; make it first")
     if target.is_dir():
         raise ValueError(f"{path}: is a folder; name a file in it")
+    if target.exists() and not target.is_file():  # a device, which would be replaced
+        raise ValueError(f"{path}: is no regular file; name one")
     try:
         tempfile.TemporaryDirectory(dir=target.parent, prefix=".etmamba-").cleanup()
     except OSError as error:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 RUN_FILE, RECIPE_FILE = "run.json", "recipe.yaml"
@@ -86,7 +86,8 @@ class RunFolder:
     def save_weights(self, name: str, weights: Mapping[str, Tensor]) -> None:
         """A safetensors file of weights, on the CPU."""
         draft = self / f".{name}"
-        save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, draft, {"format": "pt"})
+        tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
+        draft.write_bytes(save(tensors, {"format": "pt"}))  # save_file lets nobody else read it
         os.replace(draft, self / name)
 
     def copy_weights(self, name: str, to: str) -> None:

@@ -350,7 +350,8 @@ class _Training:
         self.writer.close()
         scores.save(self.run / SCORES)
         classes = list(self.val.annotations.classes)
-        card = _card(self.recipe, self.at, len(self.data), scores.figures())
+        processes = self.accelerator.num_processes
+        card = _card(self.recipe, processes, self.at, len(self.data), scores.figures())
         params = sum(p.numel() for p in self.plain.parameters())
         save_checkpoint(
             self.plain,
@@ -368,17 +369,20 @@ def build_model(recipe: Recipe, classes: list[str]) -> nn.Module:
     if recipe.checkpoint:
         head = read_checkpoint(recipe.checkpoint).get("head.weight")
         overlay = {"file": recipe.checkpoint, "num_classes": 0 if head is None else len(head)}
-    return timm.create_model(
-        recipe.model,
-        pretrained=recipe.pretrained or overlay is not None,
-        pretrained_cfg_overlay=overlay,
-        num_classes=len(classes),
-        num_frames=recipe.num_frames,
-        img_size=recipe.size,
-        drop_rate=recipe.drop,
-        drop_path_rate=recipe.drop_path,
-        **recipe.model_args,
-    )
+    try:
+        return timm.create_model(
+            recipe.model,
+            pretrained=recipe.pretrained or overlay is not None,
+            pretrained_cfg_overlay=overlay,
+            num_classes=len(classes),
+            num_frames=recipe.num_frames,
+            img_size=recipe.size,
+            drop_rate=recipe.drop,
+            drop_path_rate=recipe.drop_path,
+            **recipe.model_args,
+        )
+    except TypeError as error:
+        raise TrainingError(f"model {recipe.model!r} with model_args {recipe.model_args}: {error}") from error
 
 
 def _datasets(
@@ -469,7 +473,7 @@ def _seed(*seeds: int) -> int:
         return torch.initial_seed()
 
 
-def _card(recipe: Recipe, at: Progress, videos: int, figures: dict) -> dict:
+def _card(recipe: Recipe, processes: int, at: Progress, videos: int, figures: dict) -> dict:
     """The block of config.json that the model card is made of."""
     views = {"frames": recipe.num_frames, "crops": recipe.num_crops, "clips": recipe.num_clips}
     metrics = (("top-1", "top1"), ("top-5", "top5"), ("mean class accuracy", "mean_class"))
@@ -480,7 +484,7 @@ def _card(recipe: Recipe, at: Progress, videos: int, figures: dict) -> dict:
     }
     return {
         "source": f"trained from {_start(recipe)} on {videos:,} videos ({recipe.dataset})",
-        "recipe": asdict(recipe) | {"checkpoint": Path(recipe.checkpoint).name},
+        "recipe": asdict(recipe) | {"checkpoint": Path(recipe.checkpoint).name, "processes": processes},
         "figures": [common | {"metric": name, "value": round(100 * figures[key], 2)} for name, key in metrics],
         "notes": f"The weights are those after epoch {at.best_epoch + 1} of {recipe.epochs}, the best on these videos "
         "with one view each; so the figures flatter a little, and those on a separate test set would be fairer.",

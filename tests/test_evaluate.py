@@ -98,7 +98,10 @@ def test_figures():
 
 def test_saved_scores_come_back(tmp_path):
     scores = Scores(torch.rand(2, 3), torch.tensor([0, 2]), torch.tensor([4, 5]), 1, 0, ["a", "ü", "c"])
+    (tmp_path / "other").touch()
     scores.save(tmp_path / "s.safetensors")
+    assert (tmp_path / "s.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+    (tmp_path / "other").unlink()
     read = Scores.load(tmp_path / "s.safetensors")
     assert torch.equal(read.probabilities, scores.probabilities)
     assert (read.classes, read.failed, read.figures()) == (scores.classes, 1, scores.figures())

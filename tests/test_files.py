@@ -2,6 +2,7 @@
 
 import os
 import re
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +62,12 @@ def test_a_folder_that_may_not_be_written(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(ValueError, match="can't be written"):
         check_file(tmp_path / "a.csv")
+
+
+@pytest.mark.skipif(not Path("/dev/null").exists(), reason="no such device")
+def test_a_device_is_not_replaced():
+    with pytest.raises(ValueError, match="^/dev/null: is no regular file; name one$"):
+        check_file("/dev/null")
 
 
 def test_checking_leaves_nothing(tmp_path):

@@ -100,6 +100,7 @@ def test_what_a_run_leaves(done, data, capsys, caplog):
     assert load_recipe(done / "recipe.yaml").mixup == 0.8
     card = (done / "model" / "README.md").read_text()
     assert "trained from scratch on 44 videos (folders)" in card
+    assert "- processes: 1\n" in card
     assert main(["eval", "--model", f"local-dir:{done / 'model'}", "--data", str(data), "--num-clips", "2"]) == 0
     told = capsys.readouterr().out
     assert f"top-1 {scores.topk(1):.2%}" in told
@@ -208,6 +209,7 @@ def test_gradients_that_explode_stop_it(recipe, data, tmp_path, capsys):
         (("dataset=kinetics",), "holds no train.csv"),
         (("epoch=1",), "unknown settings epoch"),
         (("opt=adamx",), "opt 'adamx' with opt_args {}: "),
+        (("model_args={num_frames: 4}",), "model 'etmamba_ti' with model_args {'num_frames': 4}: "),
         (("opt=muon", "opt_args={momentun: 0.9}"), "opt 'muon' with opt_args {'momentun': 0.9}: "),
     ],
 )

@@ -66,7 +66,7 @@ def measure(row: str, seed: int, run: Run, step_ms: float) -> dict:
         "clips": int(run.log("val.csv")[-1]["update"]) * recipe.batch_size,
         "step_ms_a_clip": step_ms,
         "whole_ms_a_clip": round(1e3 * run.seconds_a_clip(), 1),
-        "val_top1": max(r["top1"] for r in run.log("val.csv")),
+        "val_top1": json.dumps([r["top1"] for r in run.log("val.csv")]),  # after each epoch
         "test_top1": scores.topk(1),
         "test_pairs": statistics.mean(pairs),
     }
@@ -75,7 +75,7 @@ def measure(row: str, seed: int, run: Run, step_ms: float) -> dict:
 def table(results: list[dict]) -> str:
     """Means over the seeds and, in brackets, least and most, as Markdown."""
     lines = [
-        "| row | parameters | multiply-adds | training step over (a)'s | test top-1 | right one of reversed pairs |",
+        "| row | parameters | multiply-adds | fwd + bwd over (a)'s | test top-1 | right one of reversed pairs |",
         "|---|---|---|---|---|---|",
     ]
 
@@ -100,7 +100,9 @@ def main() -> None:
     parser.add_argument("runs", type=Path, help="a folder for the runs; those in it are gone on with")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
-    parser.add_argument("--timings", type=int, default=20, help="training steps of each row that are timed")
+    parser.add_argument(
+        "--timings", type=int, default=20, help="forward and backward passes of each row that are timed"
+    )
     args = parser.parse_args()
     runs = {
         (row, seed): Run(args.runs / f"{row}-{seed}", RECIPE, args.data, {"model": ROWS[row], "seed": seed})

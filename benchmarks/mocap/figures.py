@@ -24,7 +24,7 @@ import yaml
 from etmamba_timm.run_folder import RECIPE_FILE
 
 from .join import join, share_right
-from .ship import NAME, ROOT
+from .ship import NAME, ROOT, processes
 from .variation import CLASSES
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -37,9 +37,9 @@ def etmamba(*arguments: object) -> None:
     subprocess.run([sys.executable, "-m", "etmamba_timm", *map(str, arguments)], check=True)
 
 
-def learning_curve(run: Path, out: Path, processes: int) -> None:
+def learning_curve(run: Path, out: Path) -> None:
     """Training loss, and accuracy on the validation videos, over clips seen."""
-    clips = yaml.safe_load((run / RECIPE_FILE).read_text())["batch_size"] * processes / 1000
+    clips = yaml.safe_load((run / RECIPE_FILE).read_text())["batch_size"] * processes(run) / 1000
     with (run / "train.csv").open() as file:
         train = [(int(row["update"]) * clips, float(row["loss"])) for row in csv.DictReader(file)]
     with (run / "val.csv").open() as file:
@@ -59,11 +59,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="the rendered dataset")
     parser.add_argument("run", type=Path, help="the folder of the run that was shipped")
-    parser.add_argument("--processes", type=int, default=2, help="that the run had (default 2)")
     args = parser.parse_args()
     videos = [sorted((args.data / "test" / name).glob("*.mp4"))[0] for name in CLASSES]
     model = ["--model", NAME]
-    learning_curve(args.run, RESULTS / "mocap_learning.png", args.processes)
+    learning_curve(args.run, RESULTS / "mocap_learning.png")
     etmamba("analyze", "confusion", args.run / "test.safetensors", "-o", RESULTS / "mocap_confusion.png")
     tsne = ["--data", args.data, "--subset", "test", "--classes", len(CLASSES)]
     etmamba("analyze", "tsne", *model, *tsne, "-o", RESULTS / "mocap_tsne.png")

@@ -35,7 +35,7 @@ class Run:
 
     def test(self) -> Scores:
         """Scores on the test videos; they are kept, and not measured again."""
-        file = self.folder.with_name(self.folder.name + ".test.safetensors")
+        file = self.folder / "test.safetensors"
         if not file.exists():
             model = f"local-dir:{self.folder / 'model'}"
             self._call("eval", "--model", model, "--subset", "test", "--batch-size", 16, "--scores", file)

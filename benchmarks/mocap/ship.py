@@ -23,7 +23,7 @@ from etmamba_timm.card import model_card
 from etmamba_timm.evaluate import Scores
 from etmamba_timm.models.save import save_checkpoint
 from etmamba_timm.publish import check_folder
-from etmamba_timm.run_folder import RECIPE_FILE
+from etmamba_timm.run_folder import RECIPE_FILE, RUN_FILE
 
 from .pairs import accuracies
 from .variation import CLASSES
@@ -37,6 +37,11 @@ SEED = 0  # which ones, and which is the sample
 LICENCE = "Apache-2.0"
 DATASET = "rendered motion capture"
 NOTES = Path(__file__).with_name("notes.md")
+
+
+def processes(run: Path) -> int:
+    """That the run was trained by; each took `batch_size` clips of an update."""
+    return json.loads((run / RUN_FILE).read_text())["processes"]
 
 
 def card(run: Path, scores: Scores | None) -> dict:
@@ -54,7 +59,7 @@ def card(run: Path, scores: Scores | None) -> dict:
     return {
         "licence": LICENCE,
         "source": "trained from scratch on 6,000 videos rendered from motion capture (benchmarks/mocap)",
-        "recipe": yaml.safe_load((run / RECIPE_FILE).read_text()),
+        "recipe": yaml.safe_load((run / RECIPE_FILE).read_text()) | {"processes": processes(run)},
         "figures": figures,
         "notes": NOTES.read_text(encoding="utf-8").strip(),
     }

@@ -13,7 +13,7 @@ import torch
 from etmamba_timm.evaluate import Scores
 from etmamba_timm.models import save_checkpoint
 from etmamba_timm.recipe import load_recipe
-from etmamba_timm.run_folder import RECIPE_FILE
+from etmamba_timm.run_folder import RECIPE_FILE, RUN_FILE
 from etmamba_timm.train import build_model
 
 from . import ablation, ship, warm_start
@@ -144,6 +144,7 @@ def test_shipping_a_run_twice_leaves_one_entry(tmp_path, monkeypatch):
     model = timm.create_model("etmamba_ti", num_classes=20, num_frames=8, img_size=32, depth=1, embed_dim=32)
     save_checkpoint(model, run / "model", label_names=list(CLASSES), clip={"stride": 0})
     (run / RECIPE_FILE).write_text(load_recipe(ship.ROOT / "benchmarks" / "mocap" / "recipe.yaml").to_yaml())
+    (run / RUN_FILE).write_text('{"processes": 2}')
     everything = scores({name: [(name, "kick" if name != "kick" else "walk")] for name in CLASSES})
     folder = weights / ship.NAME
     for _ in range(2):
@@ -151,6 +152,7 @@ def test_shipping_a_run_twice_leaves_one_entry(tmp_path, monkeypatch):
         ship.enter(folder)
     manifest = json.loads((weights / "manifest.json").read_text())
     assert list(manifest) == ["one", ship.NAME]
+    assert "- processes: 2\n" in (folder / "README.md").read_text()
     assert manifest[ship.NAME]["figures"][0] | {"views": 0} == {
         "dataset": "rendered motion capture, 20 videos of held-out views",
         "metric": "top-1",

@@ -21,7 +21,8 @@ def check_file(path: str | Path, suffixes: tuple[str, ...] = (), what: str = "fi
         raise ValueError(f"{path}: {what} are written as {choice}; give a name that ends so")
     target = path.resolve()
     if not target.parent.is_dir():
-        raise ValueError(f"{path.parent}: no such folder; make it first")
+        parent = target.parent if path.is_symlink() else path.parent
+        raise ValueError(f"{parent}: no such folder; make it first")
     if target.is_dir():
         raise ValueError(f"{path}: is a folder; name a file in it")
     if target.exists() and not target.is_file():  # a device, which would be replaced

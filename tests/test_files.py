@@ -42,6 +42,12 @@ def test_a_link_is_written_through(tmp_path):
     assert (tmp_path / "a.csv").is_symlink()
 
 
+def test_a_link_into_a_folder_that_is_not_there_names_that_folder(tmp_path):
+    (tmp_path / "a.csv").symlink_to(tmp_path / "gone" / "b.csv")
+    with pytest.raises(ValueError, match="^" + re.escape(f"{tmp_path / 'gone'}: no such folder")):
+        check_file(tmp_path / "a.csv")
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [

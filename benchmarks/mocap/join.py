@@ -1,11 +1,7 @@
-"""Test videos drawn by a seed, one after the other in a long one; prints when each begins, as CSV.
-
-python -m benchmarks.mocap.join DATA long.mp4 --videos 30 > truth.csv
-"""
+"""Test videos one after the other in a long one, and how much of it a timeline names rightly."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 from pathlib import Path
 
@@ -35,19 +31,3 @@ def share_right(truth: list[tuple[float, str]], segments: Path) -> float:
     for (start, name), end in zip(truth, ends, strict=True):
         right += sum(max(0.0, min(end, b) - max(start, a)) for a, b, label in rows if label == name)
     return right / rows[-1][1]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path, help="the rendered dataset")
-    parser.add_argument("out", type=Path, help="the video to write")
-    parser.add_argument("--videos", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    print("start,class")
-    for start, name in join(args.data, args.out, args.videos, args.seed):
-        print(f"{start:.2f},{name}")
-
-
-if __name__ == "__main__":
-    main()

@@ -18,6 +18,8 @@ import av
 import numpy as np
 from tqdm import tqdm
 
+from etmamba_timm.files import whole_file
+
 from .variation import CLASSES, FPS, PARTS, describe, draw
 
 PACKAGES = ("pybullet", "numpy", "av")
@@ -66,7 +68,8 @@ def write_index(path: Path, index: dict) -> None:
         if changed:
             raise ValueError(f"{path} was drawn with another {', '.join(changed)}; name an empty folder")
         index["videos"] = before["videos"] | index["videos"]
-    replace(path, (json.dumps(index) + "\n").encode())
+    with whole_file(path) as draft:
+        draft.write_text(json.dumps(index) + "\n")
 
 
 def _render_one(job: tuple[Path, dict]) -> None:
@@ -74,15 +77,8 @@ def _render_one(job: tuple[Path, dict]) -> None:
 
     path, parameters = job
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(".partial")  # no whole_file: a killed run may leave it, under a name that is no video's
     encode(partial, frames(parameters))
-    os.replace(partial, path)
-
-
-def replace(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(data)
     os.replace(partial, path)
 
 

@@ -1,17 +1,57 @@
-"""Several runs of `etmamba train` and `etmamba eval` side by side, on one thread each."""
+"""The package's commands, and several training runs side by side, on one thread each."""
 
 from __future__ import annotations
 
 import csv
 import os
-import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from etmamba_timm.evaluate import Scores
+from etmamba_timm.run_folder import MODEL
+
+
+def etmamba(*arguments: object, log: Path | None = None, threads: int | None = None) -> None:
+    """Runs a command of the package.
+
+    Args:
+        arguments: the command and its arguments.
+        log: a file that its output is added to, instead of the terminal.
+        threads: how many it may use; as many as it likes, if not given.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    line = [sys.executable, "-m", "etmamba_timm", *map(str, arguments)]
+    environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+    with nullcontext() if log is None else log.open("a") as output:
+        done = subprocess.run(line, stdout=output, stderr=output, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"etmamba {arguments[0]} failed" + ("" if log is None else f"; see {log}"))
+
+
+def tested(model: str, data: Path, file: Path, **options: object) -> Scores:
+    """A model's scores on the test videos of `data`; those in `file` are not measured again.
+
+    Args:
+        model: a name that `etmamba eval` takes.
+        data: the rendered dataset.
+        file: where they are kept.
+        options: as of `etmamba`.
+    """
+    if not file.exists():
+        etmamba("eval", "--model", model, "--data", data, "--subset", "test", "--scores", file, **options)
+    return Scores.load(file)
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """Rows of a run's train.csv or val.csv."""
+    with path.open() as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
 @dataclass(frozen=True)
@@ -26,37 +66,28 @@ class Run:
     @property
     def weights(self) -> Path:
         """Those of the epoch that was best on the validation videos."""
-        return self.folder / "model" / "model.safetensors"
+        return self.folder / MODEL / "model.safetensors"
+
+    @property
+    def options(self) -> dict:
+        """One thread, and what is printed goes to `<folder>.log`."""
+        return {"threads": 1, "log": self.folder.with_name(self.folder.name + ".log")}
 
     def train(self) -> None:
-        """From the start, or from where it was stopped; its output goes to `<folder>.log`."""
+        """From the start, or from where it was stopped."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
         settings = [f"{name}={value}" for name, value in self.settings.items()]
-        self._call("train", "--recipe", self.recipe, "-o", self.folder, "--save-updates", 200, "--set", *settings)
+        common = ["--recipe", self.recipe, "--data", self.data, "--workers", 0, "-o", self.folder]
+        etmamba("train", *common, "--save-updates", 200, "--set", *settings, **self.options)
 
     def test(self) -> Scores:
-        """Scores on the test videos; they are kept, and not measured again."""
-        file = self.folder / "test.safetensors"
-        if not file.exists():
-            model = f"local-dir:{self.folder / 'model'}"
-            self._call("eval", "--model", model, "--subset", "test", "--batch-size", 16, "--scores", file)
-        return Scores.load(file)
+        """Scores on the test videos."""
+        model = f"local-dir:{self.folder / MODEL}"
+        return tested(model, self.data, self.folder / "test.safetensors", **self.options)
 
     def log(self, name: str) -> list[dict[str, float]]:
         """Rows of train.csv or val.csv."""
-        with (self.folder / name).open() as file:
-            return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-
-    def seconds_a_clip(self) -> float:
-        """Of training, decoding included, on one thread; the median over the run's log."""
-        return statistics.median(1 / row["clips_per_second"] for row in self.log("train.csv"))
-
-    def _call(self, command: str, *arguments: object) -> None:
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        line = [sys.executable, "-m", "etmamba_timm", command, "--data", self.data, "--workers", 0, *arguments]
-        with self.folder.with_name(self.folder.name + ".log").open("a") as log:
-            subprocess.run(
-                list(map(str, line)), check=True, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}
-            )
+        return read_log(self.folder / name)
 
 
 def train_all(runs: list[Run], jobs: int) -> None:

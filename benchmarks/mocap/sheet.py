@@ -12,6 +12,8 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw
 
+from .variation import PARTS
+
 COLUMNS = 8
 LABEL = 12  # pixels of each row's title
 
@@ -46,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="the dataset's folder")
     parser.add_argument("picture", type=Path, help="the picture to write")
-    parser.add_argument("--split", default="train", choices=("train", "val", "test"))
+    parser.add_argument("--split", default="train", choices=PARTS)
     parser.add_argument("--number", type=int, default=0, help="which video of each class")
     args = parser.parse_args()
     sheet(args.out, args.split, args.number).save(args.picture)

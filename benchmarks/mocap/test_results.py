@@ -59,14 +59,13 @@ def test_accuracies_of_a_pair():
 @pytest.mark.parametrize("row", ablation.ROWS)
 def test_rows_are_the_papers(row):
     """(a) no stem, two SSMs; (b) the stem; (c) EBS; (d) STCM; all of the recipe's width and depth."""
-    recipe = load_recipe(ablation.RECIPE)
-    model = timm.create_model(ablation.ROWS[row], num_frames=recipe.num_frames, img_size=64, **recipe.model_args)
+    model = ablation.create(row)
     has_stem = not isinstance(model.stem, torch.nn.Identity)
     names = {name.rpartition(".")[2] for name, _ in model.named_parameters()} | {n for n, _ in model.named_modules()}
     assert has_stem == (row != "a")
     assert ("A_b_log" in names) == (row in "ab")
     assert ("blocks.0.local" in names) == (row == "d")
-    assert (model.embed_dim, len(model.blocks)) == (96, 8)
+    assert (model.embed_dim, len(model.blocks), model.num_classes) == (96, 8, len(CLASSES))
 
 
 def test_table_gives_means_and_spreads():
@@ -144,7 +143,7 @@ def test_shipping_a_run_twice_leaves_one_entry(tmp_path, monkeypatch):
     model = timm.create_model("etmamba_ti", num_classes=20, num_frames=8, img_size=32, depth=1, embed_dim=32)
     save_checkpoint(model, run / "model", label_names=list(CLASSES), clip={"stride": 0})
     (run / RECIPE_FILE).write_text(load_recipe(ship.ROOT / "benchmarks" / "mocap" / "recipe.yaml").to_yaml())
-    (run / RUN_FILE).write_text('{"processes": 2}')
+    (run / RUN_FILE).write_text('{"processes": 2, "videos": 6000}')
     everything = scores({name: [(name, "kick" if name != "kick" else "walk")] for name in CLASSES})
     folder = weights / ship.NAME
     for _ in range(2):
@@ -152,6 +151,7 @@ def test_shipping_a_run_twice_leaves_one_entry(tmp_path, monkeypatch):
         ship.enter(folder)
     manifest = json.loads((weights / "manifest.json").read_text())
     assert list(manifest) == ["one", ship.NAME]
+    assert "on 6,000 videos" in (folder / "README.md").read_text()
     assert "- processes: 2\n" in (folder / "README.md").read_text()
     assert manifest[ship.NAME]["figures"][0] | {"views": 0} == {
         "dataset": "rendered motion capture, 20 videos of held-out views",
@@ -164,3 +164,28 @@ def test_shipping_a_run_twice_leaves_one_entry(tmp_path, monkeypatch):
     assert "one recording of one person" in card
     assert "zlib" in card
     assert (folder / "model.safetensors").stat().st_size < 3 * sum(p.numel() for p in model.parameters())
+
+
+def test_the_videos_that_ship_are_drawn_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(ship, "WEIGHTS", tmp_path / "weights")
+    monkeypatch.setattr(ship, "VIDEOS", tmp_path / "mocap" / "test")
+    for old in (tmp_path / "weights" / "sample_old.mp4", tmp_path / "mocap" / "test" / "kick" / "old.mp4"):
+        old.parent.mkdir(parents=True)
+        old.touch()
+    for name in CLASSES:
+        (tmp_path / "data" / "test" / name).mkdir(parents=True)
+        for number in range(ship.EACH + 1):
+            (tmp_path / "data" / "test" / name / f"{number}.mp4").write_text(f"{name} {number}")
+    ship.copy_videos(ship.test_videos(tmp_path / "data"))
+    copies = [file.read_text() for file in (tmp_path / "mocap").rglob("*.mp4")]
+    (sample,) = (tmp_path / "weights").iterdir()
+    assert len(set(copies)) == len(copies) == ship.EACH * len(CLASSES)
+    assert sample.read_text() not in copies  # the tests' videos are others
+    assert sample.name == f"sample_{sample.read_text().split()[0]}.mp4"
+
+
+def test_too_few_test_videos_are_an_error_before_anything_is_replaced(tmp_path):
+    for name in CLASSES:
+        (tmp_path / "test" / name).mkdir(parents=True)
+    with pytest.raises(ValueError, match="backflip holds 0 videos, 6 are needed; render the dataset"):
+        ship.test_videos(tmp_path)

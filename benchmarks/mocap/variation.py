@@ -1,7 +1,7 @@
 """What the dataset consists of: its classes, and the ranges that each video's look is drawn from.
 
-A range is cut into equal cells, and each cell belongs to one part of the dataset: val and test see only cameras, looks,
-speeds and phases that lie in gaps between those of training, and never each other's.
+A range is cut into equal cells, and each cell belongs to one part of the dataset: val and test are drawn from gaps
+between the values of training, and never from each other's. The README says what of that a model can see.
 """
 
 from __future__ import annotations

@@ -9,20 +9,18 @@ import argparse
 import statistics
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.common import write
 from etmamba_timm.evaluate import Scores
+from etmamba_timm.figures import new_figure, save_figure
 from etmamba_timm.recipe import load_recipe
 
 from .runs import Run, train_all
 from .variation import ACTIONS, CLASSES, PARTS
 
-RECIPE = Path(__file__).with_name("warm_start.yaml")
+RECIPE = Path(__file__).with_name("short.yaml")
 WARM = "etmamba_ti.videomamba_in1k"  # an ETMamba that starts from whatever VideoMamba it is given
 FIRST = CLASSES[::2]  # VideoMamba learns these, ETMamba the others
 SEEN = {ACTIONS[name].recording for name in FIRST}  # some are motions of ETMamba's half, the other way round
@@ -54,7 +52,8 @@ def unseen(scores: Scores) -> float:
 
 def draw(curves: dict[str, list[list[dict]]], batch_size: int) -> None:
     """Validation accuracy over clips: each start's mean over the seeds, least and most."""
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = new_figure(6, 4)
+    axes = figure.add_subplot()
     for name, logs in curves.items():
         clips = [row["update"] * batch_size / 1000 for row in logs[0]]
         values = [[100 * log[i]["top1"] for log in logs] for i in range(len(clips))]
@@ -62,7 +61,7 @@ def draw(curves: dict[str, list[list[dict]]], batch_size: int) -> None:
         axes.fill_between(clips, [min(v) for v in values], [max(v) for v in values], alpha=0.2)
     axes.set(xlabel="thousand clips", ylabel="validation top-1, %", ylim=(0, None))
     axes.legend()
-    figure.savefig(PICTURE, dpi=150)
+    save_figure(figure, PICTURE)
     print(f"written: {PICTURE}")
 
 
@@ -73,6 +72,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # as the runs; the results say it
     first = part_of(args.data, args.runs / "first-half", list(FIRST))
     second = part_of(args.data, args.runs / "second-half", [name for name in CLASSES if name not in FIRST])
     sources = [

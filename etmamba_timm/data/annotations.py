@@ -44,18 +44,26 @@ class Annotations:
 
 
 def read_folders(root: str | Path, classes: list[str] | None = None) -> Annotations:
-    """`root/<class>/**/<video>`; classes are the folders' names in alphabetical order, or those given."""
+    """`root/<class>/**/<video>`; classes are the folders' names in alphabetical order, or those given.
+
+    What is hidden, by a name that begins with a dot, is left out: other programs' files.
+    """
     root = _folder(root)
-    names = classes or sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    names = classes or class_folders(root)
     samples = [
         (path, index)
         for index, name in enumerate(names)
         for path in sorted((root / name).rglob("*"))
-        if path.suffix.lower() in SUFFIXES
+        if path.suffix.lower() in SUFFIXES and not any(p.startswith(".") for p in path.relative_to(root).parts)
     ]
     if not samples:
         raise AnnotationError(f"{root} holds no videos in folders of classes; wanted {root}/<class>/<video>.mp4")
     return Annotations(samples, list(names), [])
+
+
+def class_folders(root: Path) -> list[str]:
+    """Names of the folders in `root` that aren't hidden, in alphabetical order."""
+    return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def read_list(path: str | Path, root: str | Path | None = None, classes: list[str] | None = None) -> Annotations:

@@ -6,6 +6,7 @@ from pathlib import Path
 from .annotations import (
     AnnotationError,
     Annotations,
+    class_folders,
     classes_of,
     kinetics_rows,
     list_rows,
@@ -72,8 +73,8 @@ def _folders(root: Path, annotations: Path, subset: str, split: int) -> Annotati
     if folder is None:
         raise AnnotationError(f"{root} has no folder {subset!r}; wanted {root}/{subset}/<class>/<video>.mp4")
     train = root / "train"  # its classes number those of all parts
-    classes = sorted(p.name for p in train.iterdir() if p.is_dir()) if train.is_dir() else None
-    own = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    classes = class_folders(train) if train.is_dir() else None
+    own = class_folders(folder)
     if classes and (unknown := sorted(set(own) - set(classes))):
         raise AnnotationError(f"{folder} has classes that {train} lacks: {', '.join(unknown[:5])}")
     return read_folders(folder, classes)

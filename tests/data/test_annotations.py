@@ -31,6 +31,7 @@ def found(annotations, root: Path) -> list[tuple[str, str]]:
 
 def test_folders(tmp_path):
     root = tree(tmp_path, "run/b.mp4", "run/a.WEBM", "jump/x/c.avi", "jump/notes.txt", "loose.mp4")
+    tree(tmp_path, ".cache/a.mp4", "run/._b.mp4", "run/.partial/c.mp4")  # what other programs leave
     read = read_folders(root)
     assert read.classes == ["jump", "run"]
     assert found(read, root) == [("jump/x/c.avi", "jump"), ("run/a.WEBM", "run"), ("run/b.mp4", "run")]

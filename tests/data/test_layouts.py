@@ -54,6 +54,7 @@ def folders(root: Path) -> None:
     for part in ("train", "val"):
         for label in ("a", "b"):
             video(root / part / label / "1.mp4")
+        (root / part / ".cache").mkdir()
 
 
 def listed(root: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -303,6 +304,7 @@ def test_a_wheel_carries_its_weights(hub, clone, models, tmp_path):
     assert sources <= shipped
     names = ("model.safetensors", "config.json", "README.md")
     assert {f"etmamba_timm/weights/etmamba_ti.tiny/{name}" for name in names} <= shipped
+    assert any(re.fullmatch(r"etmamba_timm/weights/sample_\w+\.mp4", name) for name in shipped)
     code = "attempt('etmamba_ti.tiny')\nprint(etmamba_timm.__file__)"
     out, file = run(code, hub.environment(tmp_path, HF_HUB_OFFLINE="1", PYTHONPATH=str(tmp_path / "site")))
     assert (out, file) == (outputs(models["main"]), str(tmp_path / "site/etmamba_timm/__init__.py"))

@@ -325,11 +325,11 @@ def read_cost_rows(path: str | Path) -> list[CostRow]:
             raise ValueError(f"{path} has the columns {reader.fieldnames}; wanted are {', '.join(wanted)}")
         try:
             return [
-                CostRow(row["name"], int(row["params"]), int(row["macs"]), float(row["top1"]), row["source"])
+                CostRow(row["name"], int(row["params"]), int(row["macs"]), float(row["top1"]), row["source"].strip())
                 for row in reader
             ]
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+        except (ValueError, TypeError, AttributeError) as error:  # a value that is none, or isn't there
+            raise ValueError(f"{path}, line {reader.line_num}: {error}; each row has {', '.join(wanted)}") from error
 
 
 def plot_cost(rows: Sequence[CostRow], path: str | Path, title: str = "Accuracy against cost") -> None:

@@ -74,7 +74,7 @@ def convert_checkpoint(
             img_size is also what they are read as.
         dtype: of the weights in the file; see `save_checkpoint`.
         label_names: the classes' names, in order.
-        stride: frames from one of a clip to the next.
+        stride: frames from one of a clip to the next; 0 for spread over the whole video.
         licence: e.g. 'Apache-2.0'.
 
     Raises:
@@ -97,7 +97,7 @@ def convert_checkpoint(
     check_complete(fitted, model)
     report = report_keys(architecture, read_raw(source), fitted)
     model.load_state_dict(fitted)
-    clip = {"stride": stride} if stride else {"stride": entry.stride} if entry else {}
+    clip = {"stride": stride or None} if stride is not None else {"stride": entry.stride} if entry else {}
     card = {"licence": licence or (entry.licence if entry else None), "source": _origin(source, entry)}
     if entry:
         card |= {"figures": entry.figures, "recipe": _recipe(entry)}
@@ -110,7 +110,7 @@ def convert_checkpoint(
         label_names=label_names or (entry.label_names(entry.config()) if entry else None),
         clip=clip,
         card={key: value for key, value in card.items() if value},
-        readme=lambda config: model_card(tag or Path(folder).name, config, params, stored),
+        readme=lambda config: model_card(tag or Path(folder).resolve().name, config, params, stored),
     )
     return report
 

@@ -114,7 +114,7 @@ def evaluate(
     """
     scores, labels, indices = mean_over_views(
         model,
-        lambda clips: model(clips).double().softmax(-1),
+        lambda clips: model(clips).float().cpu().double().softmax(-1),  # MPS has no float64
         videos,
         batch_size=batch_size,
         workers=workers,
@@ -151,13 +151,15 @@ def mean_over_views(
     Returns: float64 [videos, X], labels [videos], and indices [videos] into the dataset, ascending.
     """
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = next(model.parameters()).device
+    weight = next(model.parameters())
+    device = weight.device
     views = videos.num_clips * videos.num_crops
     loader = DataLoader(
         Subset(videos, range(rank, len(videos), processes)),
         max(1, batch_size // views),
         num_workers=workers,
         collate_fn=collate,
+        pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # else it would draw from the global one
     )
     autocast = torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
@@ -169,9 +171,11 @@ def mean_over_views(
                 continue
             clips = batch["clip"].flatten(0, 1)  # [B, views, ...] -> [B·views, ...]
             with autocast:
-                values = torch.cat([function(part.to(device)) for part in clips.split(batch_size)])
-            means = values.double().unflatten(0, (-1, views)).mean(1)
-            parts.append((batch["index"], batch["label"], means.cpu()))
+                values = [
+                    function(part.to(device, weight.dtype, non_blocking=True)) for part in clips.split(batch_size)
+                ]
+            means = torch.cat(values).cpu().double().unflatten(0, (-1, views)).mean(1)
+            parts.append((batch["index"], batch["label"], means))
     finally:
         model.train(was_training)
     everyone = [parts]

@@ -62,6 +62,10 @@ def load_model(
                 f"{name!r} is a starting point for training (weights of {entry.started_from}), not a classifier: its "
                 "results would be meaningless. Train it and give that checkpoint, or take a trained model"
             )
+        if not is_source and "." in name and entry is None:
+            raise ValueError(
+                f"{name!r} has an unknown tag; `etmamba info {name.partition('.')[0]}` lists those there are"
+            )
         if not trained and not allow_untrained:
             raise UntrainedError(
                 f"{name!r} has no trained weights, so its results would be random. Give a checkpoint, or a model that "
@@ -206,6 +210,14 @@ def _from_checkpoint(name: str, path: Path) -> tuple[EtMamba, bool]:
         raise ValueError(f"{path} is no checkpoint of {name!r}: {len(wrong)} weights differ, the first is {wrong[0]}")
     model.load_state_dict(state_dict)
     entry = find_checkpoint(name) if "." in name else None
+    if "." not in name and VARIANTS[name]["block"] == "bimamba" and model.num_frames > 1:
+        _logger.warning(
+            "%s doesn't tell how its clips are sampled: they take frames %d apart. Of VideoMamba's own weights, which "
+            "want them spread over the video, name the tag (`etmamba info %s` lists them)",
+            path,
+            STRIDE,
+            name,
+        )
     if entry and entry.is_classifier and entry.num_classes == model.num_classes:
         model.pretrained_cfg["label_names"] = entry.label_names(entry.config())
     return model, head is not None

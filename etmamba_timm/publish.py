@@ -161,7 +161,7 @@ def publish(folder: HubFolder, repo: str, *, private: bool = False, revision: st
         folder: from `check_folder`.
         repo: 'org/name'.
         private: whether a new repository is private.
-        revision: a branch that is there; None for 'main'.
+        revision: a branch that is there, of a repository that is there; None for 'main'.
 
     Returns: the commit's address.
 
@@ -178,11 +178,12 @@ def publish(folder: HubFolder, repo: str, *, private: bool = False, revision: st
     api = HfApi(library_name="etmamba_timm")
     message = f"{folder.config['architecture']}, {folder.params:,} parameters"
     try:
-        api.create_repo(repo, private=private, exist_ok=True)
+        if revision is None:  # a branch that is there is in a repository that is there
+            api.create_repo(repo, private=private, exist_ok=True)
         return str(api.create_commit(repo, operations, commit_message=message, revision=revision).commit_url)
     except Exception as error:  # of requests or httpx, by huggingface_hub's version
         raise PublishError(
-            f"{repo} can't be published on {constants.ENDPOINT} ({first_line(error)}). Log in first, by "
+            f"{repo} can't be published on {constants.ENDPOINT} ({first_line(error)}). If it is for want of a login: "
             "`hf auth login` or HF_TOKEN, with a token that may write there"
         ) from error
 

@@ -95,12 +95,17 @@ class Recipe:
         for name in ("num_frames", "size", "epochs", "batch_size", "accumulate", "num_clips", "eval_epochs", "split"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must be 1 or more")
-        for name in ("stride", "warmup_epochs", "lr", "min_lr", "warmup_lr", "weight_decay", "clip_grad", "seed"):
+        rates = ("lr", "min_lr", "warmup_lr", "weight_decay", "clip_grad", "mixup", "cutmix")
+        for name in ("stride", "warmup_epochs", "seed", *rates):
             if not getattr(self, name) >= 0:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         for name in ("drop_path", "drop", "label_smoothing", "flip", "erasing", "ema", "layer_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must be within 0 and 1")
+        if self.layer_decay == 0:
+            raise RecipeError("layer_decay is 0, which would train the classifier alone; it is 1 for none")
+        if self.label_smoothing == 1:
+            raise RecipeError("label_smoothing is 1, which leaves nothing to learn; it must be below 1")
         if self.warmup_epochs >= self.epochs:
             raise RecipeError(f"warmup_epochs is {self.warmup_epochs:g} of {self.epochs} epochs; leave some after it")
         if self.batch_size % self.accumulate:

@@ -38,7 +38,7 @@ class RunFolder:
         return self.path / name
 
     def open(self, run: Mapping, recipe: str) -> None:
-        """Makes the folder, or checks that it holds this very run.
+        """Makes the folder, or checks that it holds this very run; one that failed before it began is replaced.
 
         Args:
             run: what a run must agree with to be gone on with; JSON.
@@ -49,13 +49,17 @@ class RunFolder:
         """
         run = json.loads(json.dumps(run))  # tuples become lists
         file = self / RUN_FILE
+        names = set(os.listdir(self.path)) if self.path.is_dir() else set()
+        begun = bool(names - {name for own in (RUN_FILE, RECIPE_FILE) for name in (own, "." + own)})
         if file.exists():
             known = json.loads(file.read_text(encoding="utf-8"))
-            if differing := sorted(key for key in known.keys() | run.keys() if known.get(key) != run.get(key)):
+            differing = sorted(key for key in known.keys() | run.keys() if known.get(key) != run.get(key))
+            if not differing:
+                return
+            if begun:
                 said = "; ".join(f"{key}: {known.get(key)!r:.80} there, {run.get(key)!r:.80} now" for key in differing)
                 raise RunError(f"{self.path} holds a run with other settings ({said}); name another folder")
-            return
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        elif begun or (self.path.exists() and not self.path.is_dir()):
             raise RunError(f"{self.path} is there already and holds no run; name a new or empty folder")
         self.path.mkdir(parents=True, exist_ok=True)
         _write(self / RECIPE_FILE, recipe)

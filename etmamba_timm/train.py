@@ -4,7 +4,8 @@ recipe = load_recipe("hmdb51", epochs=10)
 train(recipe, read_dataset("hmdb51", root), read_dataset("hmdb51", root, "val"), "runs/hmdb51")
 
 Everything drawn depends on the seed and the number of the update alone. So a run that is stopped and gone on with ends
-with the very weights of one that isn't, on the same machine and number of processes.
+with the very weights of one that isn't, on the same machine and number of processes; on a GPU but for rounding, since
+kernels there add up in any order.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ import timm
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -335,7 +337,13 @@ class _Training:
     def save(self) -> None:
         """Saves the state, whole or not at all."""
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(self.run.draft(self.at.update)))
+        try:
+            self.accelerator.save_state(str(self.run.draft(self.at.update)))
+        except (OSError, RuntimeError, SafetensorError) as error:  # of a full disk, each writer has its own
+            raise TrainingError(
+                f"the state after {self.at.update} updates can't be saved in {self.run.path} ({error}); make room "
+                "there, and the same command goes on from the one before"
+            ) from error
         self.accelerator.wait_for_everyone()
         if self.main:
             self.run.keep(self.at.update)
@@ -453,6 +461,11 @@ def _check(recipe: Recipe, train_set: Annotations, val_set: Annotations, acceler
         raise TrainingError(
             f"{len(train_set.samples)} videos make no batch of {recipe.batch_size} in each of {processes} processes; "
             "lower batch_size"
+        )
+    updates = len(train_set.samples) // (recipe.batch_size * processes)
+    if round(recipe.warmup_epochs * updates) >= recipe.epochs * updates:
+        raise TrainingError(
+            f"warmup_epochs {recipe.warmup_epochs:g} leaves nothing of {recipe.epochs} epochs; lower it"
         )
     if val_set.classes != train_set.classes:
         raise TrainingError("the classes of the training and the validation videos differ")

@@ -215,6 +215,9 @@ def test_the_commands(model, data, tmp_path, capsys):
     table.write_text("name,params,macs,top1,source\na,1000,2000,50,measured here\nb,1,x,2,the paper\n")
     assert main(["analyze", "cost", "--rows", str(table), "-o", str(tmp_path / "x.png")]) == 2
     assert "rows.csv, line 3" in capsys.readouterr().err
+    table.write_text("name,params,macs,top1,source\na,1000,2000,50\n")
+    assert main(["analyze", "cost", "--rows", str(table), "-o", str(tmp_path / "x.png")]) == 2
+    assert "rows.csv, line 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

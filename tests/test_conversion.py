@@ -132,6 +132,23 @@ class TestCommand:
         assert model.pretrained_cfg["label_names"] == list("abcdefg")
         assert model.img_size == (48, 48)
 
+    def test_clips_that_are_spread_out_and_labels_from_windows(self, upstream, tmp_path, monkeypatch):
+        (tmp_path / "labels.txt").write_bytes("\ufeffa \r\nb\r\nc\r\nd\r\ne\r\nf\r\ng\r\n\r\n".encode())
+        (tmp_path / "out").mkdir()
+        monkeypatch.chdir(tmp_path / "out")
+        assert main(["convert", str(upstream), ".", "--labels", str(tmp_path / "labels.txt"), "--stride", "0"]) == 0
+        config = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert config["label_names"] == list("abcdefg")
+        assert config["clip"]["stride"] is None
+        assert (tmp_path / "out" / "README.md").read_text().count("# out") == 1
+
+    @pytest.mark.parametrize("text", [b"", b"a\n\nb\n", b"\xff\xfe"])
+    def test_labels_that_cannot_be(self, upstream, tmp_path, capsys, text):
+        (tmp_path / "labels.txt").write_bytes(text)
+        assert main(["convert", str(upstream), str(tmp_path / "out"), "--labels", str(tmp_path / "labels.txt")]) == 2
+        assert f"etmamba: {tmp_path / 'labels.txt'} is" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
     @pytest.mark.parametrize(
         ("change", "message"),
         [

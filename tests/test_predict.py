@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from videos import write_video
 
 from etmamba_timm.data import EvalTransform, VideoError, read_frames, sample_clips
-from etmamba_timm.predict import UntrainedError, extract_features, load_model, predict, top_classes
+from etmamba_timm.predict import UntrainedError, extract_features, load_model, predict, sampling_of, top_classes
 
 SMALL = {"img_size": 32, "num_frames": 4, "embed_dim": 16, "depth": 2, "num_classes": 6}
 
@@ -119,6 +119,14 @@ class TestLoadModel:
     def test_a_starting_point_is_no_classifier(self, name, need_classifier):
         with pytest.raises(UntrainedError, match=f"'{name}' is a starting point for training .*, not a classifier"):
             load_model(name, need_classifier=need_classifier)
+
+    def test_videomambas_weights_without_their_tag_are_sampled_otherwise_and_it_is_said(self, tmp_path, caplog):
+        source = timm.create_model("videomamba_ti", num_classes=400, num_frames=2, img_size=32)
+        save_file(source.state_dict(), tmp_path / "w.safetensors")
+        assert sampling_of(load_model("videomamba_ti.k400_f8", tmp_path / "w.safetensors")).stride == 0
+        assert "doesn't tell" not in caplog.text
+        assert sampling_of(load_model("videomamba_ti", tmp_path / "w.safetensors")).stride == 2
+        assert "doesn't tell how its clips are sampled: they take frames 2 apart" in caplog.text
 
     def test_class_names_are_those_of_a_tag(self, tmp_path):
         source = timm.create_model("videomamba_ti", num_classes=400, num_frames=2, img_size=32)

@@ -156,9 +156,13 @@ def test_published_and_loaded_by_its_name(folder, tmp_path):
         refused = subprocess.run(publish, env=environment, capture_output=True, text=True)
         assert refused.returncode == 2
         assert "me/tiny can't be published" in refused.stderr
-        assert "Log in first, by `hf auth login` or HF_TOKEN" in refused.stderr
+        assert "for want of a login: `hf auth login` or HF_TOKEN" in refused.stderr
         assert not (tmp_path / "repos" / "me").exists()
-        done = subprocess.run(publish, env=environment | {"HF_TOKEN": "hf_loopback"}, capture_output=True, text=True)
+        token = environment | {"HF_TOKEN": "hf_loopback"}
+        branch = subprocess.run([*publish, "--revision", "dev"], env=token, capture_output=True, text=True)
+        assert branch.returncode == 2
+        assert not (tmp_path / "repos" / "me").exists()  # no repository is made for a branch that it can't have
+        done = subprocess.run(publish, env=token, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.startswith(f"{hub.endpoint}/me/tiny/commit/")
         assert sum("/commit/" in line for line in hub.requests) == 1

@@ -75,6 +75,9 @@ def test_files_and_overrides(tmp_path):
         ({"accumulate": 5}, "batch_size 64 can't be cut into 5 equal parts"),
         ({"mixup": 0.8, "batch_size": 3}, "mixup pairs clips; 3 at a time is odd"),
         ({"num_crops": 2}, "num_crops is 2; it is 1 or 3"),
+        ({"layer_decay": 0}, "it is 1 for none"),
+        ({"label_smoothing": 1}, "it must be below 1"),
+        ({"mixup": -0.8}, "mixup is -0.8; it must be 0 or more"),
         ({"precision": "fp8"}, "choose one of no, bf16, fp16"),
     ],
 )

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from shapes import write_shapes
 
-from etmamba_timm.cli import main
+from etmamba_timm.cli import main, parser
 from etmamba_timm.evaluate import Scores
 from etmamba_timm.recipe import load_recipe
 from etmamba_timm.train import build_model
@@ -42,6 +42,12 @@ precision: "no"
 num_clips: 2
 num_crops: 1
 """
+
+
+@pytest.fixture(autouse=True)
+def cpu(monkeypatch):
+    """A GPU's kernels add up in any order, so there the same run twice isn't the same to the last bit."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +89,12 @@ def done(recipe, data, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "done"
     assert main(arguments(recipe, data, run, *ALL)) == 0
     return run
+
+
+def test_settings_may_be_given_one_by_one():
+    args = parser().parse_args(["train", "--data", "d", "-o", "o", "--set", "epochs=1", "lr=2", "--set", "size=32"])
+    assert args.set == ["epochs=1", "lr=2", "size=32"]
+    assert parser().parse_args(["train", "--data", "d", "-o", "o"]).set == []
 
 
 def test_what_a_run_leaves(done, data, capsys, caplog):

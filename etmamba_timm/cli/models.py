@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .options import DTYPES, positive
+from .options import DTYPES, count, positive
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -25,7 +25,9 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     convert.add_argument("--img-size", type=positive, nargs="+", metavar="S", help="resample the spatial positions")
     convert.add_argument("--dtype", choices=DTYPES, help="of the stored weights (default: their own, float32)")
     convert.add_argument("--labels", type=Path, metavar="FILE", help="the classes' names, one a line, in order")
-    convert.add_argument("--stride", type=positive, metavar="N", help="frames from one of a clip to the next")
+    convert.add_argument(
+        "--stride", type=count, metavar="N", help="frames from one of a clip to the next; 0: spread over the video"
+    )
     convert.add_argument("--licence", help="e.g. Apache-2.0")
     convert.set_defaults(run=_convert)
 
@@ -133,13 +135,24 @@ def _convert(args: argparse.Namespace) -> int:
         num_frames=args.num_frames,
         img_size=tuple(size) if size else None,
         dtype=getattr(torch, args.dtype) if args.dtype else None,
-        label_names=args.labels.read_text(encoding="utf-8").splitlines() if args.labels else None,
+        label_names=_labels(args.labels) if args.labels else None,
         stride=args.stride,
         licence=args.licence,
     )
     print(report.text())
     print(f"written       {args.folder}")
     return 0
+
+
+def _labels(file: Path) -> list[str]:
+    """The names in a file, one a line; blank lines at its end are none."""
+    try:
+        names = [line.strip() for line in file.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} isn't UTF-8 ({error}); save it as that") from error
+    if not names or not all(names):
+        raise ValueError(f"{file} is empty or has a blank line among the names; give a name on each line")
+    return names
 
 
 def _publish(args: argparse.Namespace) -> int:

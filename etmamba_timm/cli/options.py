@@ -132,3 +132,10 @@ def positive(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 10_000:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to 10000")
     return int(text)
+
+
+def odd(text: str) -> int:
+    """An odd whole number from 1."""
+    if positive(text) % 2 == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is even; give an odd number")
+    return int(text)

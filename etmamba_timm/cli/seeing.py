@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .options import add_dataset, add_model, eval_clips, extra, positive, set_up
+from .options import add_dataset, add_model, eval_clips, extra, odd, positive, set_up
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -43,7 +43,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     add_model(timeline, views=False)
     timeline.add_argument("--clip-seconds", type=float, metavar="S", help="that a clip spans (default: the model's)")
     timeline.add_argument("--hop", type=float, metavar="S", help="from one clip to the next (default: half a clip)")
-    timeline.add_argument("--smooth", type=positive, default=3, metavar="N", help="moments averaged (odd, default 3)")
+    timeline.add_argument("--smooth", type=odd, default=3, metavar="N", help="moments averaged (odd, default 3)")
     timeline.add_argument("--batch-size", type=positive, default=8, metavar="B", help="clips at a time (default 8)")
     timeline.add_argument("--segments", type=Path, metavar="FILE", help="write the segments, as .csv or .json")
     timeline.add_argument("-o", "--output", type=Path, metavar="FILE", help="draw the scores: .png, .pdf or .svg")
@@ -138,12 +138,12 @@ def _timeline(args: argparse.Namespace) -> int:
         progress=True,
     )
     segments = scores.segments(args.smooth)
+    for segment in segments:
+        print(f"{_clock(segment.start)} to {_clock(segment.end)}  {segment.score:7.2%}  {segment.label}")
     if args.segments is not None:
         write_segments(segments, args.segments)
     if args.output is not None:
         plot_timeline(scores, args.output, args.smooth)
-    for segment in segments:
-        print(f"{_clock(segment.start)} to {_clock(segment.end)}  {segment.score:7.2%}  {segment.label}")
     return 0
 
 

@@ -14,7 +14,9 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     """Adds the parsers of this module's commands."""
     train = commands.add_parser("train", help="train a model on a dataset of videos, or go on with it")
     train.add_argument("--recipe", default="k400", metavar="NAME", help="k400, ssv2, hmdb51, breakfast, or a YAML file")
-    train.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings other than the recipe's")
+    train.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="settings other than the recipe's"
+    )
     add_dataset(train)
     train.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="the run's folder")
     train.add_argument("--save-updates", type=positive, default=500, metavar="N", help="save the state every N updates")
@@ -79,16 +81,16 @@ def _evaluate(args: argparse.Namespace) -> int:
             dist.destroy_process_group()
     if not is_first_process():
         return 0
-    if args.scores is not None:
-        scores.save(args.scores)
     figures, each = scores.figures(), dict(zip(scores.classes, scores.per_class(), strict=True))
     if args.json:
         print(json.dumps(figures | {"per_class": each}))
-        return 0
-    width = max(map(len, each))
-    for name, accuracy in each.items():
-        print(f"{name:{width}}  " + ("no videos" if accuracy is None else f"{accuracy:7.2%}"))
-    print(_accuracies(figures))
+    else:
+        width = max(map(len, each))
+        for name, accuracy in each.items():
+            print(f"{name:{width}}  " + ("no videos" if accuracy is None else f"{accuracy:7.2%}"))
+        print(_accuracies(figures))
+    if args.scores is not None:
+        scores.save(args.scores)
     return 0
 
 

@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
-SUFFIXES = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg")
+SUFFIXES = (
+    *(".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg"),
+    *(".wmv", ".flv", ".3gp", ".ts", ".mts", ".ogv"),
+)
+MOST_CLASSES = 100_000  # of numbered ones; a larger label is no label
 MOST_MISSING = 0.5  # share of a list's videos that may be missing before it is an error
 BREAKFAST = (
     *("cereals", "coffee", "friedegg", "juice", "milk"),
@@ -46,18 +50,19 @@ class Annotations:
 def read_folders(root: str | Path, classes: list[str] | None = None) -> Annotations:
     """`root/<class>/**/<video>`; classes are the folders' names in alphabetical order, or those given.
 
-    What is hidden, by a name that begins with a dot, is left out: other programs' files.
+    Links are followed. What is hidden, by a name that begins with a dot, is left out: other programs' files.
     """
     root = _folder(root)
     names = classes or class_folders(root)
-    samples = [
-        (path, index)
-        for index, name in enumerate(names)
-        for path in sorted((root / name).rglob("*"))
-        if path.suffix.lower() in SUFFIXES and not any(p.startswith(".") for p in path.relative_to(root).parts)
-    ]
+    samples = [(path, index) for index, name in enumerate(names) for path in video_files(root / name)]
     if not samples:
         raise AnnotationError(f"{root} holds no videos in folders of classes; wanted {root}/<class>/<video>.mp4")
+    held = {index for _, index in samples}
+    if empty := [name for index, name in enumerate(names) if index not in held]:
+        _logger.warning(
+            "%s: no videos (%s) in %d of %d classes, first %s",
+            *(root, ", ".join(SUFFIXES), len(empty), len(names), empty[0]),
+        )
     return Annotations(samples, list(names), [])
 
 
@@ -66,11 +71,25 @@ def class_folders(root: Path) -> list[str]:
     return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
+def video_files(root: Path) -> list[Path]:
+    """Videos in any folders below `root`, in alphabetical order; links are followed, what is hidden is left out."""
+    found, seen = [], set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        videos = (name for name in names if not name.startswith(".") and name.lower().endswith(SUFFIXES))
+        found += [Path(folder, name) for name in videos]
+    return sorted(found)
+
+
 def read_list(path: str | Path, root: str | Path | None = None, classes: list[str] | None = None) -> Annotations:
     """A file of lines `video label`, separated by a comma, a tab or the last space; `#` begins a comment line.
 
-    Labels are class indices, or names where they aren't all whole numbers. A header line whose second field is 'label'
-    is skipped. Relative paths start at `root`, by default the list's own folder.
+    Labels are class indices, or names where they aren't all whole numbers. A header is skipped: a first line whose
+    label is 'label', or alone no whole number. Relative paths start at `root`, by default the list's own folder.
     """
     path = Path(path)
     root = _folder(root or path.parent)
@@ -78,21 +97,33 @@ def read_list(path: str | Path, root: str | Path | None = None, classes: list[st
 
 
 def list_rows(path: Path) -> list[tuple[str, str]]:
-    """(video, label) of each line."""
+    """(video, label) of each line.
+
+    Raises:
+        AnnotationError: a line without a label, or labels most of which are numbers, and not all.
+    """
+    lines = [(i, line.strip()) for i, line in enumerate(_text(path).splitlines(), 1)]
+    lines = [(i, line) for i, line in lines if line and not line.startswith("#")]
+    separator = next((s for s in (",", "\t") if lines and all(s in line for _, line in lines)), " ")
     rows = []
-    for number, line in enumerate(_text(path).splitlines(), 1):
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
-        separator = next((s for s in (",", "\t") if s in line), " ")
-        video, _, label = (field.strip().strip('"') for field in line.rpartition(separator))
-        if not video:
+    for number, line in lines:
+        if separator == " ":
+            video, _, label = (field.strip().strip('"') for field in line.rpartition(separator))
+        else:  # names with commas stand in quotes
+            *parts, label = (field.strip() for field in next(csv.reader([line], delimiter=separator)))
+            video = separator.join(parts)
+        if not video or not label:
             raise AnnotationError(
                 f"{path}, line {number}: {line!r} has no label; wanted `video label` or `video,label`"
             )
-        if rows or label.lower() != "label":  # the first may be a header
-            rows.append((video, label))
-    return rows
+        rows.append((number, video, label))
+    names = [row for row in rows if not row[2].isdecimal()]
+    if names and names[0] is rows[0] and (names[0][2].lower() == "label" or len(names) == 1 < len(rows)):
+        rows, names = rows[1:], names[1:]  # a header
+    if names and 2 * len(names) < len(rows):
+        number, _, label = names[0]
+        raise AnnotationError(f"{path}, line {number}: the label {label!r} is no whole number, as most others are")
+    return [(video, label) for _, video, label in rows]
 
 
 def read_kinetics(csv_file: str | Path, root: str | Path, classes: list[str] | None = None) -> Annotations:
@@ -116,7 +147,12 @@ def kinetics_rows(csv_file: Path) -> list[tuple[tuple[str, str], str]]:
         raise AnnotationError(f"{csv_file} has the columns {reader.fieldnames}; Kinetics' have {sorted(wanted)}")
     rows = []
     for row in reader:
-        span = f"{row['youtube_id']}_{int(float(row['time_start'])):06d}_{int(float(row['time_end'])):06d}"
+        try:
+            span = f"{row['youtube_id']}_{int(float(row['time_start'])):06d}_{int(float(row['time_end'])):06d}"
+        except (TypeError, ValueError) as error:
+            raise AnnotationError(
+                f"{csv_file}, line {reader.line_num}: no start and end of a video ({error})"
+            ) from error
         rows.append(((span, row["youtube_id"]), row["label"]))
     return rows
 
@@ -125,7 +161,10 @@ def classes_of(rows: list[tuple]) -> list[str]:
     """The classes of (…, label): all labels in order, or 0 to the largest where they all are whole numbers."""
     labels = {label for _, label in rows}
     if labels and all(label.isdecimal() for label in labels):
-        return [str(i) for i in range(max(map(int, labels)) + 1)]
+        largest = max(map(int, labels))
+        if largest >= MOST_CLASSES:
+            raise AnnotationError(f"{largest} is a label; numbered classes end below {MOST_CLASSES}")
+        return [str(i) for i in range(largest + 1)]
     return sorted(labels)
 
 
@@ -184,11 +223,11 @@ def read_breakfast(root: str | Path, split: int = 1, subset: str = "train") -> A
         )
     first, last = BREAKFAST_TEST[split]
     root, samples = _folder(root), []
-    for path in sorted(root.rglob("*")):
+    for path in video_files(root):
         participant = next((p for p in path.relative_to(root).parts[:-1] if p[:1] == "P" and p[1:].isdigit()), None)
         stem = path.stem.removesuffix("_ch0")
         activity = stem.rpartition("_")[2]
-        if path.suffix.lower() not in SUFFIXES or participant is None or activity not in BREAKFAST:
+        if participant is None or activity not in BREAKFAST:
             continue
         if (first <= int(participant[1:]) <= last) == (subset == "test"):
             samples.append((path, BREAKFAST.index(activity)))
@@ -235,11 +274,8 @@ def from_rows(
 def _finder(root: str | Path) -> Callable[[str], Path | None]:
     """Finds a video below `root` by its name without suffix, in whatever folders."""
     stems = {}
-    for folder, _, names in os.walk(_folder(root)):
-        for name in names:
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() in SUFFIXES:
-                stems.setdefault(stem, Path(folder, name))
+    for path in video_files(_folder(root)):
+        stems.setdefault(path.stem, path)
     return stems.get
 
 

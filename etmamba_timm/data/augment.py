@@ -45,6 +45,14 @@ class TrainTransform:
         for name, value in (("flip", self.flip), ("erasing", self.erasing)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value}; a chance lies within 0 and 1")
+        if self.rand_augment:
+            try:
+                rand_augment_transform(self.rand_augment, {})
+            except Exception as error:  # timm asserts, looks up, converts
+                raise ValueError(
+                    f"rand_augment is {self.rand_augment!r}, none of timm's configurations such as "
+                    "'rand-m9-mstd0.5-inc1'; leave it empty for none"
+                ) from error
 
     def __call__(self, frames: Tensor) -> Tensor:
         """frames: uint8 [T, H, W, 3] RGB -> float32 [3, T, h, w], normalised."""

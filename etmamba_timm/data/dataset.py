@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, default_collate
 
 from .annotations import Annotations
 from .sampling import random_clip, random_segments, sample_clips, sample_segments
-from .transforms import EvalTransform
+from .transforms import ElongatedError, EvalTransform
 from .video import VideoError, VideoReader
 
 _logger = logging.getLogger(__name__)
@@ -119,9 +119,11 @@ class EvalClips(Dataset):
             reader = VideoReader(path)
             clips = self.sampling.several(reader.info.num_frames, self.num_clips)
             frames = reader.read([number for clip in clips for number in clip])
+            views = [self.transform(part, self.num_crops) for part in frames.split(self.sampling.num_frames)]
         except VideoError as error:
             return _failed(self._failed, index, error)
-        views = [self.transform(part, self.num_crops) for part in frames.split(self.sampling.num_frames)]
+        except ElongatedError as error:
+            return _failed(self._failed, index, VideoError(f"{path}: {error}"))
         return {"clip": torch.cat(views), "label": label, "index": index}
 
 

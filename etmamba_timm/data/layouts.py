@@ -55,10 +55,17 @@ def read_dataset(
 def with_classes(annotations: Annotations, classes: Sequence[str]) -> Annotations:
     """The same videos, their classes numbered as in `classes`, e.g. a trained model's, of which there may be more.
 
+    Where the dataset's classes are numbers and those of `classes` aren't, the numbers are taken for places among them.
+
     Raises:
-        AnnotationError: the dataset has a class that isn't among them.
+        AnnotationError: the dataset has a class that isn't among them, or two of `classes` are called the same.
     """
     number = {name: i for i, name in enumerate(classes)}
+    if len(number) < len(classes):
+        double = next(name for i, name in enumerate(classes) if name in classes[:i])
+        raise AnnotationError(f"two of the model's classes are called {double!r}; give them different names")
+    if all(map(str.isdecimal, annotations.classes)) and not any(map(str.isdecimal, classes)):
+        number = {str(i): i for i in range(len(classes))}
     if unknown := [name for name in annotations.classes if name not in number]:
         raise AnnotationError(
             f"{len(unknown)} of the dataset's {len(annotations.classes)} classes are none of the model's "

@@ -12,6 +12,10 @@ MOST_PIXELS = 2**22  # of a resized frame: only a picture that is a mere line ha
 _INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
 
 
+class ElongatedError(ValueError):
+    """Frames so much longer than wide, or wider than long, that they would grow out of all proportion."""
+
+
 @dataclass(frozen=True)
 class EvalTransform:
     """The transform for evaluation; calling it cuts one or three views out of a clip.
@@ -83,7 +87,7 @@ class EvalTransform:
         covering = self._covering(*frames.shape[1:3])
         if covering[0] * covering[1] > MOST_PIXELS:
             came, grown = "×".join(map(str, frames.shape[1:3])), "×".join(map(str, covering))
-            raise ValueError(
+            raise ElongatedError(
                 f"frames are {came}, {grown} when they cover {height}×{width}: too elongated; crop them first"
             )
         clip = frames.permute(0, 3, 1, 2)  # [T, H, W, 3] -> [T, 3, H, W], in memory as it was: resizing is quick so

@@ -197,10 +197,10 @@ def _check_tensors(state_dict: Mapping, path: str | Path) -> None:
 
 
 def _damaged(path: str | Path, error: Exception) -> CheckpointError:
-    reason = "it is damaged, or no file of weights"
+    reason = "it is damaged, no file of weights, or holds more than them"
     return CheckpointError(
-        f"{path} can't be read as a checkpoint: {reason} ({first_line(error)}); fetch it again, or convert it where it "
-        "was made"
+        f"{path} can't be read as a checkpoint: {reason} ({first_line(error)}); fetch it again, or save the weights "
+        "alone where it was made: torch.save(model.state_dict(), path)"
     )
 
 

@@ -12,7 +12,10 @@ from ..layers import fold_weights, resample_spatial, resample_temporal
 _logger = logging.getLogger(__name__)
 
 # What is around a state dict, in training checkpoints and by DistributedDataParallel and torch.compile: averages first.
-WRAPPERS = ("state_dict_ema", "model_ema", "model", "module", "model_state", "state_dict", "_orig_mod")
+WRAPPERS = (
+    *("state_dict_ema", "model_ema", "model", "module", "model_state", "model_state_dict", "state_dict", "_orig_mod"),
+)
+COUNTER = "n_averaged"  # which torch.optim.swa_utils.AveragedModel keeps beside its module
 
 
 def from_videomamba(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -39,6 +42,8 @@ def our_name(key: str) -> str:
 
 def unwrap(state_dict: Mapping) -> Mapping[str, Tensor]:
     """Takes off what wraps a state dict: a dict with one of `WRAPPERS` as key, or one of them before every key."""
+    if COUNTER in state_dict:
+        state_dict = {key: value for key, value in state_dict.items() if key != COUNTER}
     for name in WRAPPERS:
         inner = state_dict.get(name)
         if isinstance(inner, Mapping):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
@@ -45,7 +45,7 @@ def save_checkpoint(
         FileExistsError: the folder isn't empty.
         ValueError: names for another number of classes, weights that aren't finite in `dtype`.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()  # of '.' too
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(f"{folder} is there already; name another folder, or remove it")
     names = list(label_names or model.pretrained_cfg.get("label_names") or ())
@@ -57,7 +57,7 @@ def save_checkpoint(
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        save_file(tensors, draft / WEIGHTS_FILE, metadata={"format": "pt"})
+        (draft / WEIGHTS_FILE).write_bytes(save(tensors, {"format": "pt"}))  # save_file lets nobody else read it
         data = {"input_size": (model.in_chans, *model.img_size)}
         save_config_for_hf(model, str(draft / CONFIG_FILE), model_config=blocks, data_config=data)
         config = json.loads((draft / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -66,7 +66,6 @@ def save_checkpoint(
         (draft / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if readme is not None:
             (draft / "README.md").write_text(readme(config), encoding="utf-8")
-        (draft / WEIGHTS_FILE).chmod(0o666 & ~_umask())  # safetensors lets nobody else read it
         draft.chmod(0o777 & ~_umask())
         if folder.exists():
             folder.rmdir()  # it is empty; Windows wouldn't replace it

@@ -50,6 +50,7 @@ def test_folders(tmp_path):
         "# a comment\n\nvideo,label\na b.mp4,0\nsub/c.mp4,2",
         '"a b.mp4"\t0\n"sub/c.mp4"\t2',
         "\ufeffa b.mp4 0\r\nsub/c.mp4 2\r\n",
+        "path,class_id\na b.mp4,0\nsub/c.mp4,2\n",
     ],
 )
 def test_list_of_numbers(tmp_path, text):
@@ -69,6 +70,14 @@ def test_list_of_names(tmp_path):
     assert read_list(path, root, ["walk", "run", "sit"]).classes == ["walk", "run", "sit"]
     with pytest.raises(AnnotationError, match=r"labels \['run'\] are none of the 1 classes"):
         read_list(path, root, ["walk"])
+    path.write_text('a.mp4,"Putting a, b on c"\nb.mp4,run\n')
+    assert found(read_list(path, root), root) == [("a.mp4", "Putting a, b on c"), ("b.mp4", "run")]
+
+
+def test_names_with_commas_in_a_list_that_spaces_separate(tmp_path):
+    root = tree(tmp_path, "a.mp4", "x,y.mp4")
+    (root / "list.txt").write_text("a.mp4 0\nx,y.mp4 1\n")
+    assert found(read_list(root / "list.txt"), root) == [("a.mp4", "0"), ("x,y.mp4", "1")]
 
 
 @pytest.mark.parametrize(
@@ -77,6 +86,8 @@ def test_list_of_names(tmp_path):
         ("", "lists no videos"),
         ("a.mp4 0\nlonely.mp4\n", "line 2: 'lonely.mp4' has no label"),
         ("a.mp4 0\nb.mp4 7\n", r"labels \['7'\]"),
+        ("a.mp4,0\nb.mp4,\n", "line 2: 'b.mp4,' has no label"),
+        ("a.mp4 0\nb.mp4 1\na.mp4 -1\n", "line 3: the label '-1' is no whole number, as most others are"),
     ],
 )
 def test_bad_lists(tmp_path, text, message):
@@ -84,6 +95,22 @@ def test_bad_lists(tmp_path, text, message):
     (root / "list.txt").write_text(text)
     with pytest.raises(AnnotationError, match=message):
         read_list(root / "list.txt", classes=["zero", "one"])
+
+
+def test_a_number_too_large_for_a_class(tmp_path):
+    root = tree(tmp_path, "a.mp4")
+    (root / "list.txt").write_text("a.mp4,3,104857600\n")
+    with pytest.raises(AnnotationError, match="104857600 is a label; numbered classes end below 100000"):
+        read_list(root / "list.txt")
+
+
+def test_links_are_followed_and_end(tmp_path, caplog):
+    root = tree(tmp_path / "root", "run/a.mp4", "jump/b.wmv", "sit/notes.txt")
+    tree(tmp_path / "disk", "c.mp4")
+    (root / "run" / "more").symlink_to(tmp_path / "disk")
+    (root / "run" / "back").symlink_to(root / "run")
+    assert found(read_folders(root), root) == [("jump/b.wmv", "jump"), ("run/a.mp4", "run"), ("run/more/c.mp4", "run")]
+    assert "in 1 of 3 classes, first sit" in caplog.text
 
 
 def test_missing_videos_are_counted_and_too_many_are_an_error(tmp_path, caplog):
@@ -114,6 +141,10 @@ def test_kinetics(tmp_path):
         ("plain_id.mp4", "riding, or walking, with horse"),
     ]
     assert read.missing == ["gone_000000_000010"]
+    for line in ("jump,b", "jump,b,,10"):
+        table.write_text(f"label,youtube_id,time_start,time_end\n{line}\n")
+        with pytest.raises(AnnotationError, match="train.csv, line 2: no start and end of a video"):
+            read_kinetics(table, root)
     table.write_text("name,class\na,b\n")
     with pytest.raises(AnnotationError, match=r"has the columns \['name', 'class'\]"):
         read_kinetics(table, root)

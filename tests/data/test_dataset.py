@@ -79,6 +79,14 @@ def test_evaluation_leaves_out_what_cannot_be_decoded(annotations, caplog):
     assert "c.mp4" in caplog.text
 
 
+def test_evaluation_leaves_out_what_is_too_elongated(tmp_path, caplog):
+    write_video(tmp_path / "line.mkv", num_frames=8, height=2, width=2048)
+    data = EvalClips(Annotations([(tmp_path / "line.mkv", 0)], ["a"], []), EvalTransform((224, 224)), Sampling(4, 2))
+    assert data[0] is None
+    assert "line.mkv: frames are 2×2048" in caplog.text
+    assert "too elongated" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("stride", "clips", "expected"),
     [
@@ -141,7 +149,10 @@ def test_no_flip_where_left_and_right_matter():
         assert {bool(transform(frames)[0, 0, 0, 0] > 0) for _ in range(30)} == lefts
 
 
-@pytest.mark.parametrize(("field", "value"), [("flip", 1.5), ("erasing", -0.1), ("mean", (0.5,))])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("flip", 1.5), ("erasing", -0.1), ("mean", (0.5,)), ("rand_augment", "none"), ("rand_augment", "augmix-m3-w3")],
+)
 def test_bad_arguments(field, value):
     with pytest.raises(ValueError, match=field):
         TrainTransform(**{field: value})

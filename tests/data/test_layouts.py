@@ -131,3 +131,12 @@ def test_classes_as_the_models(tmp_path):
     assert read.classes == ["b", "x", "a"]
     with pytest.raises(AnnotationError, match="1 of the dataset's 2 classes are none of the model's 2: b"):
         with_classes(read_dataset("folders", tmp_path, "val"), ["a", "x"])
+    with pytest.raises(AnnotationError, match="two of the model's classes are called 'a'"):
+        with_classes(read, ["a", "b", "a"])
+
+
+def test_numbers_are_places_among_the_models_names(tmp_path):
+    listed(tmp_path)
+    read = with_classes(read_dataset("list", tmp_path, "val"), [f"class {i}" for i in range(9)])
+    assert [label for _, label in read.samples] == [3]
+    assert read.classes[3] == "class 3"

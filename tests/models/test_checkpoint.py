@@ -58,8 +58,10 @@ class Code:
         lambda w: {"model": {"_orig_mod." + k: v for k, v in w.items()}},
         lambda w: {"model": {k: v * 0 for k, v in w.items()}, "model_ema": w},
         lambda w: {"model": w, "model_ema": None},
+        lambda w: {"epoch": 3, "model_state_dict": w, "optimizer_state_dict": {"state": {}}},
+        lambda w: {"n_averaged": torch.tensor(7)} | {"module." + k: v for k, v in w.items()},
     ],
-    ids=["bare", "model", "module", "model_state", "state_dict.module", "compiled", "ema", "no ema"],
+    ids=["bare", "model", "module", "model_state", "state_dict.module", "compiled", "ema", "no ema", "tutorial", "swa"],
 )
 def test_wrapped_weights(source, tmp_path, wrap):
     path = tmp_path / "weights.pth"

@@ -554,11 +554,12 @@ def test_models_run_on_it(mamba, monkeypatch, name, scans):
 
 
 @pytest.fixture
-def gpu() -> str:
-    """The device, or a skip with the backend's own reason."""
+def gpu(monkeypatch) -> str:
+    """The device, or a skip with the backend's own reason. No TF32 in convolutions, unlike by default."""
     reason = cuda.why_not()
     if reason:
         pytest.skip(reason)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     return "cuda"
 
 

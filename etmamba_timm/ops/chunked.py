@@ -21,6 +21,8 @@ from .reference import _in_scan_order
 # Sizes in elements, measured on CPUs.
 BLOCK = 2**19  # the states of a block: they should stay in the cache
 WIDE = 2**13  # the states of a step from which on a second pass costs more than it saves in calls
+# The same on a GPU, whose memory holds more and where calls are what costs; reckoned, not measured.
+GPU_BLOCK, GPU_WIDE = 2**24, 2**22
 
 
 def why_not() -> str | None:
@@ -55,7 +57,7 @@ def scan(
         delta = F.softplus(delta)
 
     decaying = u.is_meta or bool((A.max() <= 0) & (delta.min() >= 0))
-    blocks, chunks, steps = _cut(length, u.shape[0] * A.numel(), decaying)
+    blocks, chunks, steps = _cut(length, u.shape[0] * A.numel(), decaying, u.device.type == "cpu")
 
     def cut(x: Tensor) -> Tensor:  # [B, R, L] -> [blocks, S, K, B, R]; the steps added have Δ = 0: nothing changes
         x = F.pad(_in_scan_order(x.to(dtype), reverse_from), (0, blocks * chunks * steps - length))
@@ -71,12 +73,13 @@ def scan(
     return y.to(out_dtype), h.transpose(1, 2).contiguous()
 
 
-def _cut(length: int, width: int, decaying: bool) -> tuple[int, int, int]:
+def _cut(length: int, width: int, decaying: bool, on_cpu: bool = True) -> tuple[int, int, int]:
     """How many blocks, chunks a block, and steps a chunk; width is the size of one step's states, B·N·D."""
-    steps = min(length, max(BLOCK // width, math.isqrt(length)))  # from √L steps on, blocks outweigh the states kept
+    block, wide = (BLOCK, WIDE) if on_cpu else (GPU_BLOCK, GPU_WIDE)
+    steps = min(length, max(block // width, math.isqrt(length)))  # from √L steps on, blocks outweigh the states kept
     blocks = math.ceil(length / steps)
     steps = math.ceil(length / blocks)
-    chunks = math.isqrt(steps) if decaying and width < WIDE else 1
+    chunks = math.isqrt(steps) if decaying and width < wide else 1
     return blocks, chunks, math.ceil(steps / chunks)
 
 

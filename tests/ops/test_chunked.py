@@ -126,6 +126,8 @@ def test_lengths_around_the_cuts(length, wide):
 def test_sizes_it_ships_with():
     """Without a patch: several blocks of several chunks."""
     args = make(1, 192, 197, 16, transposed=True)
+    blocks, chunks, steps = chunked._cut(3137, 576 * 16, True, on_cpu=False)
+    assert blocks * (2 * steps + chunks) < 300  # calls, on a GPU; one for each step on a CPU
     blocks, chunks, steps = chunked._cut(197, 192 * 16, True)
     assert min(blocks, chunks, steps) > 1
     check(args)

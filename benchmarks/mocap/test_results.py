@@ -3,7 +3,6 @@
 import csv
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,12 +17,13 @@ from etmamba_timm.train import build_model
 
 from . import ablation, ship, warm_start
 from .join import join, share_right
-from .pairs import PAIRS, accuracies
+from .pairs import PAIRS, accuracies, table
 from .render import encode
+from .runs import read_log
 from .sheet import read
 from .variation import ACTIONS, CLASSES, FPS
 
-ROOT = Path(__file__).parents[2]
+README = (ship.ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def scores(taken_for: dict[str, list[tuple[str, str]]]) -> Scores:
@@ -87,12 +87,31 @@ def test_table_gives_means_and_spreads():
 
 
 def test_the_readme_has_the_measured_table():
-    with (ROOT / "benchmarks" / "results" / "mocap_ablation.csv").open() as file:
+    with (ship.RESULTS / "mocap_ablation.csv").open() as file:
         rows = list(csv.DictReader(file))
     for row in rows:
         row |= {name: float(row[name]) for name in ("parameters", "multiply_adds", "step_ms_a_clip")}
         row |= {name: float(row[name]) for name in ("test_top1", "test_pairs")}
-    assert ablation.table(rows) in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert ablation.table(rows) in README
+    lines = [json.loads(row["val_top1"]) for row in rows]
+    gains = [100 * (tops[-1] - tops[-2]) for tops in lines]
+    assert f"All runs gained {min(gains):.0f} to {max(gains):.0f} points of validation accuracy" in " ".join(
+        README.split()
+    )
+
+
+def test_the_readme_has_the_shipped_checkpoints_figures():
+    scores = Scores.load(ship.RESULTS / "mocap_test.safetensors")
+    assert table(scores) in README
+    wrong = int((scores.probabilities.argmax(1) != scores.labels).sum())
+    assert f"{wrong} of {len(scores.labels)} are wrong" in README
+    best = max(row["top1"] for row in read_log(ship.RESULTS / "mocap_val.csv"))
+    assert f"validation videos ({best:.1%})" in README
+
+
+def test_the_readme_has_what_the_warm_start_ends_at():
+    with (ship.RESULTS / "mocap_warm_start.csv").open() as file:
+        assert warm_start.summary(list(csv.DictReader(file))) in " ".join(README.split())
 
 
 def test_warm_starts_take_all_but_the_classifier(tmp_path):

@@ -25,6 +25,7 @@ WARM = "etmamba_ti.videomamba_in1k"  # an ETMamba that starts from whatever Vide
 FIRST = CLASSES[::2]  # VideoMamba learns these, ETMamba the others
 SEEN = {ACTIONS[name].recording for name in FIRST}  # some are motions of ETMamba's half, the other way round
 FIRST_EPOCHS = 4  # VideoMamba's; ETMamba's are the recipe's
+STARTS = ("from scratch", "from VideoMamba by the warm-start map")
 PICTURE = Path(__file__).parents[1] / "results" / "mocap_warm_start.png"
 
 
@@ -48,6 +49,21 @@ def unseen(scores: Scores) -> float:
     """Mean accuracy of the classes whose recordings VideoMamba hasn't seen."""
     classes = zip(scores.classes, scores.per_class(), strict=True)
     return statistics.mean(right for name, right in classes if ACTIONS[name].recording not in SEEN)
+
+
+def summary(rows: list[dict]) -> str:
+    """What the runs end at on the test videos: means over the seeds, least and most; then on the unseen motions."""
+    fresh, warm = ([row for row in rows if row["start"] == start and row["test_top1"]] for start in STARTS)
+
+    def mean(of: list[dict], key: str) -> str:
+        return f"{statistics.mean(float(row[key]) for row in of):.1%}"
+
+    def spread(of: list[dict]) -> str:
+        values = [float(row["test_top1"]) for row in of]
+        return f"{mean(of, 'test_top1')} ({min(values):.1%}–{max(values):.1%})"
+
+    unseen = " against ".join(mean(of, "test_unseen") for of in (warm, fresh))
+    return f"{spread(warm)} against {spread(fresh)}; on motions unseen before {unseen}"
 
 
 def draw(curves: dict[str, list[list[dict]]], batch_size: int) -> None:
@@ -85,7 +101,7 @@ def main() -> None:
         for seed in args.seeds
     ]
     train_all(sources, args.jobs)
-    runs = {"from scratch": [], "from VideoMamba by the warm-start map": []}
+    runs: dict[str, list[Run]] = {start: [] for start in STARTS}
     for seed, source in zip(args.seeds, sources, strict=True):
         start = without_classifier(source.weights, args.runs / f"source-{seed}.safetensors")
         fresh, warm = runs.values()
@@ -95,7 +111,13 @@ def main() -> None:
     batch_size = load_recipe(RECIPE).batch_size
     curves = {name: [run.log("val.csv") for run in of_name] for name, of_name in runs.items()}
     rows = [
-        {"start": name, "seed": seed, "clips": int(row["update"]) * batch_size, "val_top1": row["top1"]}
+        {
+            "start": name,
+            "seed": seed,
+            "clips": int(row["update"]) * batch_size,
+            "val_top1": row["top1"],
+            "test_top1": "",
+        }
         for name, logs in curves.items()
         for seed, log in zip(args.seeds, logs, strict=True)
         for row in log
@@ -107,6 +129,7 @@ def main() -> None:
             last["test_top1"] = scores.topk(1)
             last["test_unseen"] = unseen(scores)
     write("mocap_warm_start", rows)
+    print(summary(rows))
     draw(curves, batch_size)
 
 

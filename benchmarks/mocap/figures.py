@@ -36,7 +36,7 @@ def learning_curve(run: Path, out: Path) -> None:
     axes.set(xlabel="thousand clips", ylabel="training loss (grey)", ylim=(0, None))
     other = axes.twinx()
     other.plot(*zip(*val, strict=True), marker="o", color=COLOURS[0])
-    other.set(ylabel="validation top-1, %", ylim=(0, 100))
+    other.set(ylabel="validation top-1, %", ylim=(0, 104))
     save_figure(figure, out)
 
 

@@ -17,7 +17,7 @@ from etmamba_timm.train import build_model
 
 from . import ablation, ship, warm_start
 from .join import join, share_right
-from .pairs import PAIRS, accuracies, table
+from .pairs import PAIRS, accuracies, by_sector, table
 from .render import encode
 from .runs import read_log
 from .sheet import read
@@ -105,6 +105,11 @@ def test_the_readme_has_the_shipped_checkpoints_figures():
     assert table(scores) in README
     wrong = int((scores.probabilities.argmax(1) != scores.labels).sum())
     assert f"{wrong} of {len(scores.labels)} are wrong" in README
+    (side, behind) = by_sector(scores, ("walk", "walk_backwards")).items()
+    assert (side[0], behind[0]) == ((70, 80), (120, 130))
+    assert f"seen from the side it is right in {side[1]:.1%}, obliquely from behind in {behind[1]:.1%}" in " ".join(
+        README.split()
+    )
     best = max(row["top1"] for row in read_log(ship.RESULTS / "mocap_val.csv"))
     assert f"validation videos ({best:.1%})" in README
 

@@ -37,7 +37,7 @@ def _why_no_kernel() -> str | None:
         )
     rebuild = (
         "MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-build-isolation --no-deps --no-cache-dir --force-reinstall "
-        "mamba-ssm (which needs nvcc or finds a matching wheel)"
+        "mamba-ssm (which needs nvcc or finds a matching wheel; the README tells what PyTorch 2.14 wants beside)"
     )
     try:
         import selective_scan_cuda  # noqa: F401

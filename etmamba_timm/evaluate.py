@@ -114,7 +114,7 @@ def evaluate(
     """
     scores, labels, indices = mean_over_views(
         model,
-        lambda clips: model(clips).float().cpu().double().softmax(-1),  # MPS has no float64
+        lambda clips: model(clips).cpu().double().softmax(-1),  # MPS has no float64
         videos,
         batch_size=batch_size,
         workers=workers,

@@ -104,7 +104,7 @@ def list_rows(path: Path) -> list[tuple[str, str]]:
     """
     lines = [(i, line.strip()) for i, line in enumerate(_text(path).splitlines(), 1)]
     lines = [(i, line) for i, line in lines if line and not line.startswith("#")]
-    separator = next((s for s in (",", "\t") if lines and all(s in line for _, line in lines)), " ")
+    separator = next((s for s in (",", "\t") if 2 * sum(s in line for _, line in lines) > len(lines)), " ")
     rows = []
     for number, line in lines:
         if separator == " ":
@@ -118,8 +118,10 @@ def list_rows(path: Path) -> list[tuple[str, str]]:
             )
         rows.append((number, video, label))
     names = [row for row in rows if not row[2].isdecimal()]
-    if names and names[0] is rows[0] and (names[0][2].lower() == "label" or len(names) == 1 < len(rows)):
-        rows, names = rows[1:], names[1:]  # a header
+    if names and names[0] is rows[0]:
+        title = names[0][2]
+        if title.lower() == "label" or (len(names) == 1 < len(rows) and not title.lstrip("-").isdecimal()):
+            rows, names = rows[1:], names[1:]  # a header
     if names and 2 * len(names) < len(rows):
         number, _, label = names[0]
         raise AnnotationError(f"{path}, line {number}: the label {label!r} is no whole number, as most others are")

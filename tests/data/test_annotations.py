@@ -87,6 +87,8 @@ def test_names_with_commas_in_a_list_that_spaces_separate(tmp_path):
         ("a.mp4 0\nlonely.mp4\n", "line 2: 'lonely.mp4' has no label"),
         ("a.mp4 0\nb.mp4 7\n", r"labels \['7'\]"),
         ("a.mp4,0\nb.mp4,\n", "line 2: 'b.mp4,' has no label"),
+        ("a.mp4,0\nb.mp4,1\nb.mp4 1\n", "line 3: 'b.mp4 1' has no label"),
+        ("a.mp4 -1\nb.mp4 1\na.mp4 1\n", "line 1: the label '-1' is no whole number"),
         ("a.mp4 0\nb.mp4 1\na.mp4 -1\n", "line 3: the label '-1' is no whole number, as most others are"),
     ],
 )

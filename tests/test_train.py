@@ -161,6 +161,22 @@ def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(done, recipe, data, 
     assert not [p for p in run.iterdir() if p.name.startswith(".")]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="no limit on the size of files")
+def test_a_full_disk_loses_nothing(done, recipe, data, tmp_path):
+    """Files end at 64 KiB, as on a disk that is full then; once there is room, the same command goes on."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "etmamba_timm", *arguments(recipe, data, run, *ALL), "--save-updates", "2"]
+    full = ["sh", "-c", 'ulimit -f 128 && exec "$@"', "sh", *command]  # 128 blocks of 512 bytes
+    stopped = subprocess.run(full, capture_output=True, text=True, timeout=200)
+    assert stopped.returncode == 2
+    assert f"the state after 2 updates can't be saved in {run}" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert not list(run.glob("state-*"))
+    again = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert again.returncode == 0, again.stderr
+    assert (run / "last.safetensors").read_bytes() == (done / "last.safetensors").read_bytes()
+
+
 def test_other_settings_are_another_run(done, recipe, data, tmp_path, capsys):
     assert main(arguments(recipe, data, done, *ALL, "lr=1")) == 2
     assert "holds a run with other settings (lr: 0.03 there, 1.0 now); name another folder" in capsys.readouterr().err

@@ -53,7 +53,9 @@ def unseen(scores: Scores) -> float:
 
 def summary(rows: list[dict]) -> str:
     """What the runs end at on the test videos: means over the seeds, least and most; then on the unseen motions."""
-    fresh, warm = ([row for row in rows if row["start"] == start and row["test_top1"]] for start in STARTS)
+    fresh, warm = (
+        [row for row in rows if row["start"] == start and row.get("test_top1", "") != ""] for start in STARTS
+    )
 
     def mean(of: list[dict], key: str) -> str:
         return f"{statistics.mean(float(row[key]) for row in of):.1%}"
@@ -111,13 +113,7 @@ def main() -> None:
     batch_size = load_recipe(RECIPE).batch_size
     curves = {name: [run.log("val.csv") for run in of_name] for name, of_name in runs.items()}
     rows = [
-        {
-            "start": name,
-            "seed": seed,
-            "clips": int(row["update"]) * batch_size,
-            "val_top1": row["top1"],
-            "test_top1": "",
-        }
+        {"start": name, "seed": seed, "clips": int(row["update"]) * batch_size, "val_top1": row["top1"]}
         for name, logs in curves.items()
         for seed, log in zip(args.seeds, logs, strict=True)
         for row in log

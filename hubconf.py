@@ -6,7 +6,7 @@ torch.hub.load("<owner>/<repo>", "eval_transform", "videomamba_m.k400_f8")
 torch.hub.load("<folder>", "etmamba_ti", source="local", num_classes=10)
 """
 
-from etmamba_timm.models import (
+from etmamba_timm.zoo import (
     etmamba_m,
     etmamba_m_ebs,
     etmamba_s,

@@ -16,11 +16,12 @@ import torch
 from timm.models import is_model_pretrained
 from torch import Tensor
 
+from .checkpoints import DownloadError, checkpoint_filter_fn, find_checkpoint, read_checkpoint
+from .checkpoints.fetch import fetch
+from .checkpoints.manifest import CONFIG_FILE
+from .checkpoints.read import UNREADABLE, first_line
 from .data import EvalTransform, Sampling, VideoReader
-from .models import VARIANTS, DownloadError, EtMamba, checkpoint_filter_fn, find_checkpoint, read_checkpoint
-from .models.checkpoint import UNREADABLE, first_line
-from .models.manifest import CONFIG_FILE
-from .models.pretrained import fetch
+from .models import VARIANTS, EtMamba
 
 _logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from timm.optim import create_optimizer_v2
 from torch.utils.data import DataLoader
 
 import etmamba_timm  # noqa: F401 (registers the models)
+from etmamba_timm.checkpoints import save_checkpoint
 from etmamba_timm.data import collate
-from etmamba_timm.models import save_checkpoint
 
 
 class Classifier(L.LightningModule):

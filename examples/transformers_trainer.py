@@ -15,7 +15,7 @@ from clips import arguments, training_clips
 from transformers import PrinterCallback, TimmWrapperForImageClassification, Trainer, TrainingArguments
 
 import etmamba_timm  # noqa: F401 (registers the models)
-from etmamba_timm.models import save_checkpoint
+from etmamba_timm.checkpoints import save_checkpoint
 
 args = arguments()
 torch.manual_seed(0)

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from etmamba_timm.checkpoints import find_checkpoint
 from etmamba_timm.cli import main
-from etmamba_timm.evaluate import Scores
-from etmamba_timm.models import find_checkpoint
+from etmamba_timm.training.evaluate import Scores
 
 ROOT = Path(__file__).parents[1]
 VIDEOS = Path(__file__).with_name("mocap")

@@ -10,28 +10,19 @@ import etmamba_timm
 PACKAGE = Path(etmamba_timm.__file__).parent
 # Who may import whom, among the parts of the package.
 MAY_IMPORT = {
+    "files": set(),
     "ops": set(),
     "layers": {"ops"},
+    "models": {"layers"},
+    "checkpoints": {"layers", "models", "ops"},
+    "zoo": {"checkpoints", "models"},
     "data": set(),
-    "files": set(),
-    "models": {"layers", "ops"},
-    "card": set(),
-    "conversion": {"card", "models"},
-    "publish": {"card", "models"},
-    "predict": {"data", "models"},
-    "recipe": set(),
-    "run_folder": set(),
-    "evaluate": {"data", "files"},
-    "figures": {"files"},
-    "analyze": {"data", "evaluate", "figures", "models"},
-    "timeline": {"data", "figures", "files", "models", "predict"},
-    "train": {"card", "data", "evaluate", "models", "recipe", "run_folder"},
+    "predict": {"checkpoints", "data", "models", "zoo"},
+    "training": {"checkpoints", "data", "files", "models", "zoo"},
+    "seeing": {"checkpoints", "data", "files", "models", "predict", "training"},
+    "cli": {"checkpoints", "data", "files", "models", "ops", "predict", "seeing", "training"},
     "__main__": {"cli"},
-    "cli": {
-        *("analyze", "card", "conversion", "data", "evaluate", "figures", "files", "models", "ops", "predict"),
-        *("publish", "recipe", "timeline", "train"),
-    },
-    "__init__": {"models"},
+    "__init__": {"zoo"},
 }
 
 
@@ -40,7 +31,7 @@ def test_import_is_quiet_and_light(tmp_path):
 import sys, timm
 before = set(sys.modules)  # old versions of torchvision, which timm imports, import av
 import etmamba_timm
-parts = ('data', 'predict', 'publish', 'conversion', 'cli', 'train', 'analyze')
+parts = ('data', 'predict', 'checkpoints.publish', 'checkpoints.convert', 'cli', 'training', 'seeing')
 parts = {'etmamba_timm.' + part for part in parts}
 heavy = {'av', 'mamba_ssm', 'accelerate', 'tensorboard', 'matplotlib', 'sklearn'} | parts
 print(*heavy & (set(sys.modules) - before), end='')

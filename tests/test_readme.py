@@ -8,8 +8,9 @@ import pytest
 import timm
 from videos import write_video
 
+from etmamba_timm.checkpoints import find_checkpoint
 from etmamba_timm.cli import parser
-from etmamba_timm.models import VARIANTS, count_cost, find_checkpoint
+from etmamba_timm.models import VARIANTS, count_cost
 
 REPO = Path(__file__).parents[1]
 README = (REPO / "README.md").read_text(encoding="utf-8")

@@ -110,8 +110,8 @@ def _readable(row: dict) -> dict:
 
 def _told(name: str) -> str:
     """What the manifest says of a checkpoint, in a line."""
-    from ..card import views
-    from ..models import find_checkpoint
+    from ..checkpoints import find_checkpoint
+    from ..checkpoints.card import views
 
     entry = find_checkpoint(name)
     if entry.status == "warm start":
@@ -123,7 +123,7 @@ def _told(name: str) -> str:
 def _convert(args: argparse.Namespace) -> int:
     import torch
 
-    from ..conversion import convert_checkpoint
+    from ..checkpoints.convert import convert_checkpoint
 
     if args.img_size and len(args.img_size) > 2:
         raise ValueError(f"--img-size is {args.img_size}; give one number, or height and width")
@@ -156,7 +156,7 @@ def _labels(file: Path) -> list[str]:
 
 
 def _publish(args: argparse.Namespace) -> int:
-    from ..publish import check_folder, check_repo, publish
+    from ..checkpoints.publish import check_folder, check_repo, publish
 
     check_repo(args.repo)
     folder = check_folder(args.folder, args.licence)

@@ -56,7 +56,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 def _check(output: Path) -> None:
     """Raises ValueError, before the work, if no figure can be drawn or written there."""
-    from ..figures import check_target
+    from ..seeing.plots import check_target
 
     with extra("analyze"):
         import matplotlib  # noqa: F401
@@ -65,8 +65,8 @@ def _check(output: Path) -> None:
 
 
 def _confusion(args: argparse.Namespace) -> int:
-    from ..analyze import most_confused, plot_confusion
-    from ..evaluate import Scores
+    from ..seeing.analyze import most_confused, plot_confusion
+    from ..training.evaluate import Scores
 
     _check(args.output)
     scores = Scores.load(args.scores)
@@ -77,7 +77,7 @@ def _confusion(args: argparse.Namespace) -> int:
 
 
 def _tsne(args: argparse.Namespace) -> int:
-    from ..analyze import collect_features, plot_tsne
+    from ..seeing.analyze import collect_features, plot_tsne
 
     _check(args.output)
     model, options = set_up(args, need_classifier=False)
@@ -92,9 +92,9 @@ def _tsne(args: argparse.Namespace) -> int:
 def _erf(args: argparse.Namespace) -> int:
     import torch
 
-    from ..analyze import plot_receptive_field, receptive_field, share_that_holds
     from ..data import EvalTransform, VideoReader
     from ..predict import sampling_of
+    from ..seeing.analyze import plot_receptive_field, receptive_field, share_that_holds
 
     _check(args.output)
     if args.dtype != "float32":
@@ -111,7 +111,7 @@ def _erf(args: argparse.Namespace) -> int:
 
 
 def _cost(args: argparse.Namespace) -> int:
-    from ..analyze import manifest_rows, plot_cost, read_cost_rows
+    from ..seeing.analyze import manifest_rows, plot_cost, read_cost_rows
 
     _check(args.output)
     rows = read_cost_rows(args.rows) if args.rows else manifest_rows(args.of)
@@ -121,7 +121,7 @@ def _cost(args: argparse.Namespace) -> int:
 
 
 def _timeline(args: argparse.Namespace) -> int:
-    from ..timeline import check_segments_file, plot_timeline, timeline, write_segments
+    from ..seeing.timeline import check_segments_file, plot_timeline, timeline, write_segments
 
     if args.output is not None:
         _check(args.output)

@@ -36,8 +36,8 @@ def _train(args: argparse.Namespace) -> int:
     from ..data import read_dataset
 
     with extra("train"):
-        from ..recipe import load_recipe, parse_overrides
-        from ..train import train
+        from ..training.recipe import load_recipe, parse_overrides
+        from ..training.train import train
     given = {"dataset": args.dataset, "split": args.split}
     settings = parse_overrides(args.set) | {name: value for name, value in given.items() if value is not None}
     recipe = load_recipe(args.recipe, **settings)
@@ -60,8 +60,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     import torch
     import torch.distributed as dist
 
-    from ..evaluate import evaluate
     from ..files import check_file
+    from ..training.evaluate import evaluate
 
     if args.scores is not None:
         check_file(args.scores)

@@ -52,7 +52,7 @@ def _predict(args: argparse.Namespace) -> int:
 
 def _sample() -> str:
     """A video that the shipped checkpoint hasn't seen; its name says what it shows."""
-    from ..models.manifest import weights_folder
+    from ..checkpoints.manifest import weights_folder
 
     sample = next(weights_folder().glob("sample_*.mp4"), None)
     if sample is None:

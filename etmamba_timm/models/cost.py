@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..layers import Ebs
-from .backbone import EtMamba
+from .etmamba import EtMamba
 
 # VideoMamba's published figures leave out what its fused operator hides from the counter.
 _HIDDEN_FROM_VIDEOMAMBA = ("conv1d", "conv1d_b", "x_proj", "x_proj_b", "dt_proj", "dt_proj_b")

@@ -3,7 +3,7 @@
 from . import flops  # noqa: F401 (registers the operators' formulas)
 from .conv_norm_relu import conv_norm_relu
 from .local_conv import local_conv
-from .selective_scan import bidirectional_scan, scan_backends, selective_scan
+from .scan import bidirectional_scan, scan_backends, selective_scan
 from .short_conv import short_conv
 
 __all__ = ["bidirectional_scan", "conv_norm_relu", "local_conv", "scan_backends", "selective_scan", "short_conv"]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .library import DTYPES, check_shapes, library, pointer, state_dtype, takes
+from .kernels.library import DTYPES, check_shapes, library, pointer, state_dtype, takes
 
 
 def conv_norm_relu(
@@ -69,7 +69,7 @@ def _channel_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor
     return (centred * scale * weight.view(shape) + bias.view(shape)).to(dtype)
 
 
-class _Args(ctypes.Structure):  # must match csrc/conv_norm_relu.cpp
+class _Args(ctypes.Structure):  # must match kernels/cpu/conv_norm_relu.cpp
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "channels", "frames", "height", "width")),
         *((name, ctypes.c_int64) for name in ("depthwise", "threads")),

@@ -9,7 +9,8 @@ from math import prod
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from . import conv_norm_relu, cpu, local_conv, short_conv  # noqa: F401 (they define the operators)
+from . import conv_norm_relu, local_conv, short_conv  # noqa: F401 (they define the operators)
+from .scan import cpu  # noqa: F401
 
 Shape = tuple[int, ...]
 _ops = torch.ops.etmamba_timm

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .library import DTYPES, Strided, check_shapes, library, state_dtype, strided, takes
+from .kernels.library import DTYPES, Strided, check_shapes, library, state_dtype, strided, takes
 
 SIDES = (3, 5, 7)  # of the kernels, dilated by 1, 2 and 3
 
@@ -60,7 +60,7 @@ def _plain(
     return torch.cat([residual[:, :1], local + residual[:, 1:]], dim=1)
 
 
-class _Args(ctypes.Structure):  # must match csrc/local_conv.cpp
+class _Args(ctypes.Structure):  # must match kernels/cpu/local_conv.cpp
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("frames_each", "frames", "height", "width", "channels", "groups")),
         ("threads", ctypes.c_int64),

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .library import DTYPES, Strided, check_shapes, library, state_dtype, strided, takes
+from .kernels.library import DTYPES, Strided, check_shapes, library, state_dtype, strided, takes
 
 
 def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, reverse: bool = False) -> Tensor:
@@ -46,7 +46,7 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Ten
     return F.silu(F.conv1d(x, weight.flip(-1) if reverse else weight, bias, groups=len(weight)).mT)
 
 
-class _Args(ctypes.Structure):  # must match csrc/short_conv.cpp
+class _Args(ctypes.Structure):  # must match kernels/cpu/short_conv.cpp
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("directions", "batch", "width", "length", "taps", "reverse", "threads")),
         *((name, Strided) for name in ("x", "out", "dout", "dx")),

@@ -5,7 +5,8 @@ import timm
 import torch
 from timm.models import reparameterize_model, save_for_hf
 
-from etmamba_timm.models import checkpoint_filter_fn, count_cost
+from etmamba_timm.checkpoints import checkpoint_filter_fn
+from etmamba_timm.models import count_cost
 
 SMALL = {"depth": 2, "img_size": 32, "num_frames": 3, "num_classes": 5, "embed_dim": 24}
 FOLDABLE = ("etmamba_ti", "etmamba_ti_ebs")

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from etmamba_timm.ops import conv_norm_relu, library, local_conv, short_conv
+from etmamba_timm.ops import conv_norm_relu, local_conv, short_conv
+from etmamba_timm.ops.kernels import library
 
 SHORT, LOCAL, STAGE = (
     importlib.import_module(f"etmamba_timm.ops.{name}") for name in ("short_conv", "local_conv", "conv_norm_relu")

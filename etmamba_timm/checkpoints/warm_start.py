@@ -1,0 +1,213 @@
+"""A VideoMamba checkpoint -> the weights that an ETMamba starts from: VideoMamba pruned, not a mixture of its weights.
+
+VideoMamba's mixer is a sum over pairs of a channel and a direction, `Σ out_c · (SSM_f(u)_c + SSM_b(u)_c) · SiLU(z_c)`;
+each of the 2·E_v pairs has its own short convolution, Δ, A and D. EBS keeps E of them. A channel of EBS computes its
+pair in that pair's direction; in the other one its rows of `in_proj` start at 0, which shuts its gate: SiLU(0) = 0.
+"""
+
+import logging
+import math
+import re
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers import BiMamba, Ebs
+from ..layers.ssm import conv_silu, ssm
+from ..models.etmamba import EtMamba
+from ..models.variants import SIZES
+from ..ops import selective_scan
+from .remap import adapt_in_chans, checkpoint_filter_fn, from_videomamba
+
+_logger = logging.getLogger(__name__)
+
+STEM_SCALE = 0.05  # of STFP's last norm: nearly silent, yet not 0, where its ReLU would never train
+RIDGE = 0.1  # how strongly a refitted projection is held to VideoMamba's, in mean squares of its inputs
+PATCH = "patch_embed.proj.weight"
+# EBS's parameters with a row for each channel <- those of VideoMamba's forward and backward direction.
+PAIRED = {
+    "conv1d.weight": ("conv1d.weight", "conv1d_b.weight"),
+    "conv1d.bias": ("conv1d.bias", "conv1d_b.bias"),
+    "dt_proj.weight": ("dt_proj.weight", "dt_proj_b.weight"),
+    "dt_proj.bias": ("dt_proj.bias", "dt_proj_b.bias"),
+    "A_log": ("A_log", "A_b_log"),
+    "D": ("D", "D_b"),
+}
+
+
+@torch.no_grad()
+def warm_start(source: Mapping[str, Tensor], model: EtMamba, clips: Tensor | None = None) -> dict[str, Tensor]:
+    """The state dict that `model` starts from: VideoMamba's weights wherever they have a place in it.
+
+    The block 'bimamba' takes them as they are, 'ebs' and 'stcm' a pruned mixer (`prune`). The local branch of 'stcm'
+    starts silent, Fuse = [I | 0], and a fresh STFP nearly so. Patch weight and positions are made to fit as whenever
+    weights load, and the head is kept where it has as many classes. What has no source stays as `model` has it, and is
+    logged. The whole map, with reasons, is in `weights/README.md`.
+
+    Args:
+        source: VideoMamba's state dict, in our names or upstream's; an image model's has no temporal embedding. With
+            a stem (ablation row b) its stem is taken too.
+        model: of the same embed_dim, depth, patch_size, d_state, expand and d_conv. It is left as it is.
+        clips: normalised clips [B, C, T, H, W] on which channels are weighed and projections refitted; a few of the
+            data to come serve best. `noise_clips` by default.
+
+    Raises:
+        ValueError: a source of another width or depth, with tensors missing, of other shapes or unknown.
+    """
+    own = model.state_dict()
+    given = {k: v.to(torch.promote_types(v.dtype, torch.float32)) for k, v in from_videomamba(source).items()}
+    video = _videomamba(given, model)
+    weights = video.state_dict()
+    mapped = {k: v for k, v in (given | weights).items() if k in given and k in own and v.shape == own[k].shape}
+    if not isinstance(model.blocks[0].mixer, BiMamba):
+        mapped["norm.bias"] = torch.zeros_like(weights["norm.weight"])
+        clips = noise_clips(model) if clips is None else clips
+        x, grid = video._embed(clips.to(weights[PATCH]))
+        for i, (old, new) in enumerate(zip(video.blocks, model.blocks, strict=True)):
+            centred = F.layer_norm(x, x.shape[-1:], old.norm.weight)
+            mixer = prune(old.mixer, deepcopy(new.mixer).to(x), old.norm(x), centred)
+            block = {"norm.weight": old.norm.weight, "norm.bias": torch.zeros_like(old.norm.weight)}
+            block |= {f"mixer.{k}": v for k, v in mixer.state_dict().items()}
+            if hasattr(new, "fusion"):
+                block["fusion.weight"] = torch.eye(*new.fusion.weight.shape)  # [D, 2D]
+                block["fusion.bias"] = torch.zeros(new.fusion.out_features)
+            mapped |= {f"blocks.{i}.{k}": v for k, v in block.items()}
+            x = old(x, grid)
+    out = {k: mapped.get(k, v).to(v, copy=True) for k, v in own.items()}
+    if "stem.conv3.norm.weight" in own and "stem.conv3.norm.weight" not in mapped:
+        out["stem.conv3.norm.weight"].fill_(STEM_SCALE)
+    _logger.info("warm start from VideoMamba; fresh: %s", _summary(own.keys() - mapped.keys()) or "nothing")
+    return out
+
+
+def prune(old: BiMamba, new: Ebs, x: Tensor, x_new: Tensor) -> Ebs:
+    """`new`, made a pruned `old`: it keeps the E pairs of channel and direction that add most to `old`'s output.
+
+    Then `x_proj`, which has lost most of its inputs, and `out_proj` are refitted to give on `x_new` what `old`'s give
+    on `x`.
+
+    Args:
+        old, new: mixers of the same D; `new` is written to and returned.
+        x, x_new: the tokens [B, N, D] that `old` and `new` see, each after its own norm.
+    """
+    below, z = old.in_proj(x).chunk(2, dim=-1)  # each [B, N, E_v]
+    u_f, u_b = conv_silu(below, old.conv1d), conv_silu(below, old.conv1d_b, reverse=True)
+    y_f = ssm(selective_scan, u_f, z, old.x_proj, old.dt_proj, old.A_log, old.D)
+    y_b = ssm(selective_scan, u_b, z, old.x_proj_b, old.dt_proj_b, old.A_b_log, old.D_b, reverse=True)
+    kept = choose_pairs(torch.cat([y_f, y_b], dim=-1), old.out_proj.weight, new.D.numel())  # [E]
+    channel, is_backward = kept % old.D.numel(), (kept >= old.D.numel())[:, None]
+    rows = [half[channel] for half in old.in_proj.weight.chunk(2)]  # x, z
+    directions = [row * mask for row in rows for mask in (~is_backward, is_backward)]  # Fx, Bx, Fz, Bz
+    parts = dict(old.named_parameters())
+    weights = {k: torch.zeros_like(v) for k, v in new.state_dict().items()}  # biases stay 0
+    weights |= {k: torch.cat([parts[f], parts[b]])[kept] for k, (f, b) in PAIRED.items() if f in parts}
+    weights["in_proj.weight"] = torch.cat(directions)
+    weights["pw.weight"] = torch.eye(len(kept))
+    weights["x_proj.weight"] = torch.cat([old.x_proj.weight, old.x_proj_b.weight], dim=1)[:, kept]
+    weights["out_proj.weight"] = old.out_proj.weight[:, channel]
+    new.load_state_dict(weights)
+    _refit(new, new.x_proj, x_new, torch.stack([old.x_proj(u_f), old.x_proj_b(u_b)]))
+    _refit(new, new.out_proj, x_new, old.out_proj(y_f + y_b))
+    return new
+
+
+def choose_pairs(y: Tensor, out_weight: Tensor, count: int) -> Tensor:
+    """The pairs with most energy in the mixer's output: mean square of y times that of the pair's column of `out_proj`.
+
+    Args:
+        y: gated outputs of the forward channels, then of the backward ones [B, N, 2·E_v].
+        out_weight: `out_proj`'s, one column for both directions of a channel [D, E_v].
+
+    Returns: indices into y's channels [count], in rising order.
+    """
+    energy = y.square().mean((0, 1)) * out_weight.square().sum(0).repeat(2)
+    return energy.argsort(descending=True, stable=True)[:count].sort().values
+
+
+def noise_clips(model: EtMamba) -> Tensor:
+    """Drifting noise with the 1/f spectrum of natural pictures, of any contrast and colour: [B, C, T, H, W].
+
+    Always the same for the same shape. Up to 4 frames, at least 4 clips, at least 4·D tokens in all.
+    """
+    generator = torch.Generator().manual_seed(0)
+    frames, (height, width) = min(model.num_frames, 4), model.img_size
+    tokens = frames * math.prod(model.grid_size)
+    batch, chans = max(4, math.ceil(4 * model.embed_dim / tokens)), model.in_chans
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(batch, *shape, generator=generator)
+
+    fy, fx = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)
+    falloff = 1 / fy.hypot(fx).clamp(min=1 / max(height, width))
+    spectrum = torch.fft.rfft2(normal(1, 1, height, width) + 0.5 * normal(chans, 1, height, width)) * falloff
+    dy, dx = (2 * normal(2, 1, 1, 1, 1)).unbind(1)  # pixels a frame
+    drift = torch.arange(frames)[:, None, None] * (fy * dy + fx * dx)  # [B, 1, T, H, W/2 + 1]
+    clips = torch.fft.irfft2(spectrum * torch.exp(-2j * math.pi * drift), s=(height, width))
+    contrast = torch.linspace(0.2, 1.4, batch).view(-1, 1, 1, 1, 1)  # 1 is a normalised clip's
+    return clips / clips.std((1, 2, 3, 4), keepdim=True) * contrast + 0.7 * normal(chans, 1, 1, 1)
+
+
+def _refit(mixer: nn.Module, layer: nn.Linear, x: Tensor, wanted: Tensor) -> None:
+    """Ridge regression of `wanted` on what `layer` sees in `mixer(x)`, towards the layer's own weight; not its bias."""
+    seen = []
+    with layer.register_forward_pre_hook(lambda _, args: seen.append(args[0])):
+        mixer(x)
+    inputs = seen[0].flatten(0, -2).double()  # [rows, in]
+    missed = (wanted - F.linear(seen[0], layer.weight)).flatten(0, -2).double()  # [rows, out]
+    gram = inputs.T @ inputs
+    gram += RIDGE * gram.diagonal().mean().clamp(min=1e-12) * torch.eye(len(gram)).to(gram)
+    layer.weight += torch.linalg.solve(gram, inputs.T @ missed).T.to(layer.weight)
+
+
+def _videomamba(given: dict[str, Tensor], model: EtMamba) -> EtMamba:
+    """The source as a model for the clips of `model`; all of it is checked on the way."""
+    chans = given[PATCH].shape[1] if PATCH in given else 0
+    with_stem = chans == model.in_chans and any(k.startswith("stem.") for k in given)
+    depth = len({k.split(".")[1] for k in given if k.startswith("blocks.")})
+    size = {"embed_dim": len(given.get(PATCH, [])), "depth": depth}
+    wanted = {"embed_dim": model.embed_dim, "depth": len(model.blocks)}
+    if all(size.values()) and size != wanted:
+        raise ValueError(f"the checkpoint has {_named(size)}; the model has {_named(wanted)}")
+    first = model.blocks[0].mixer
+    video = EtMamba(
+        model.img_size,
+        model.num_frames,
+        model.in_chans,
+        num_classes=0,
+        patch_size=model.patch_size,
+        d_state=first.A_log.shape[1],
+        expand=first.D.numel() * (1 if isinstance(first, BiMamba) else 2) // model.embed_dim,
+        d_conv=first.conv1d.kernel_size[0] if first.conv1d else 0,
+        stem="stfp" if with_stem else "none",
+        block="bimamba",
+        device="meta",
+        **wanted,
+    )
+    shapes = {k: tuple(v.shape) for k, v in video.state_dict().items()}
+    if missing := shapes.keys() - given.keys() - {"temporal_pos_embedding"}:
+        raise ValueError(f"the checkpoint is no VideoMamba; it lacks {', '.join(sorted(missing))}")
+    if unknown := {k for k in given.keys() - shapes.keys() if not k.startswith(("head.", "stem."))}:
+        raise ValueError(f"the checkpoint is no VideoMamba; it also has {', '.join(sorted(unknown))}")
+    fitting = {k: given[k] for k in shapes if k in given}
+    positions = {k: fitting[k] for k in ("pos_embed", "temporal_pos_embedding") if k in fitting}
+    fitting |= {k: v.to(fitting[PATCH]) for k, v in checkpoint_filter_fn(positions, model).items()}
+    fitting[PATCH] = adapt_in_chans(fitting[PATCH], model.in_chans)
+    if other := [f"{k} is {tuple(v.shape)}, not {shapes[k]}" for k, v in fitting.items() if v.shape != shapes[k]]:
+        raise ValueError(f"the checkpoint doesn't fit the model: {'; '.join(other)}")
+    video.load_state_dict(fitting, assign=True)
+    return video.eval()
+
+
+def _named(size: dict[str, int]) -> str:
+    """'embed_dim 384 and depth 24 (VideoMamba-S)'."""
+    name = next((f" (VideoMamba-{name.title()})" for name, known in SIZES.items() if known == size), "")
+    return f"embed_dim {size['embed_dim']} and depth {size['depth']}{name}"
+
+
+def _summary(names: Iterable[str]) -> str:
+    """Parameter names -> 'blocks.*.local, head, stem'."""
+    short = {re.sub(r"^blocks\.\d+", "blocks.*", name) for name in names}
+    return ", ".join(sorted({".".join(name.split(".")[: 3 if name.startswith("blocks") else 1]) for name in short}))

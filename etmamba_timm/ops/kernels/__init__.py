@@ -1,0 +1,1 @@
+"""The compiled kernels: building, caching and loading them."""

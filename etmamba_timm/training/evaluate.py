@@ -1,0 +1,192 @@
+"""A model's scores on annotated videos, averaged over views, and the accuracies they come to."""
+
+import contextlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from ..data import EvalClips, collate
+from ..files import whole_file
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Class probabilities of the videos that could be decoded.
+
+    Attributes:
+        probabilities: float32 [videos, classes], the mean over each video's views.
+        labels: [videos].
+        indices: [videos], into the dataset, ascending.
+        failed: videos that couldn't be decoded; they are in no accuracy.
+        missing: videos that are listed but aren't there; nor are they.
+        classes: names of the classes.
+    """
+
+    probabilities: Tensor
+    labels: Tensor
+    indices: Tensor
+    failed: int
+    missing: int
+    classes: list[str]
+
+    def topk(self, k: int) -> float:
+        """Share of videos whose class is among the k likeliest; of equally likely ones, the first comes first."""
+        own = self.probabilities.gather(1, self.labels[:, None])
+        sooner = torch.arange(self.probabilities.shape[1]) < self.labels[:, None]
+        before = (self.probabilities > own) | (self.probabilities == own) & sooner
+        return (before.sum(1) < k).double().mean().item()
+
+    def per_class(self) -> list[float | None]:
+        """Each class's share of videos that are recognised; None for a class without videos."""
+        right = (self.probabilities.argmax(1) == self.labels).double()
+        of = [right[self.labels == i] for i in range(len(self.classes))]
+        return [values.mean().item() if len(values) else None for values in of]
+
+    def figures(self) -> dict:
+        """Top-1, top-5, the mean of the classes' accuracies, and the numbers of videos behind them."""
+        known = [value for value in self.per_class() if value is not None]
+        return {
+            "top1": self.topk(1),
+            "top5": self.topk(5),
+            "mean_class": sum(known) / len(known),
+            "videos": len(self.labels),
+            "failed": self.failed,
+            "missing": self.missing,
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file, whole or not at all: the tensors, and the rest in its metadata."""
+        tensors = {name: getattr(self, name).contiguous() for name in ("probabilities", "labels", "indices")}
+        rest = {"classes": self.classes, "failed": self.failed, "missing": self.missing}
+        with whole_file(path) as draft:
+            draft.write_bytes(save(tensors, {"scores": json.dumps(rest)}))  # save_file lets nobody else read it
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Scores":
+        """What `save` wrote.
+
+        Raises:
+            ValueError: another kind of file.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                rest = json.loads(file.metadata()["scores"])
+                return cls(**{name: file.get_tensor(name) for name in file.keys()}, **rest)  # noqa: SIM118
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{path} holds no scores; `etmamba eval --scores` writes them") from error
+
+
+def evaluate(
+    model: nn.Module,
+    videos: EvalClips,
+    *,
+    batch_size: int = 8,
+    workers: int = 0,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> Scores:
+    """Softmax scores of each video, averaged over its views.
+
+    In a process group (torch.distributed) the processes share the videos, and all get all scores. These are the same
+    for any batch size and number of processes, but for rounding.
+
+    Args:
+        model: clips [B, C, T, H, W] -> logits [B, classes]; used in evaluation mode, and left as it was.
+        videos: the videos and their views.
+        batch_size: clips that the model takes at a time.
+        workers: processes that decode, for each process.
+        dtype: of autocast; None for none.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError: no video can be decoded, or the scores aren't finite.
+    """
+    scores, labels, indices = mean_over_views(
+        model,
+        lambda clips: model(clips).cpu().double().softmax(-1),  # MPS has no float64
+        videos,
+        batch_size=batch_size,
+        workers=workers,
+        dtype=dtype,
+        progress=progress,
+    )
+    return Scores(
+        scores.float(),
+        labels,
+        indices,
+        failed=len(videos) - len(indices),
+        missing=len(videos.annotations.missing),
+        classes=list(videos.annotations.classes),
+    )
+
+
+@torch.no_grad()  # under inference_mode, PyTorch 2.4 would trip over its own process group
+def mean_over_views(
+    model: nn.Module,
+    function: Callable[[Tensor], Tensor],
+    videos: EvalClips,
+    *,
+    batch_size: int,
+    workers: int,
+    dtype: torch.dtype | None,
+    progress: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`function` of each video's views, averaged over them; the arguments, processes and errors are `evaluate`'s.
+
+    Args:
+        model: what is to be in evaluation mode, and where the clips go.
+        function: clips [B, C, T, H, W] -> [B, X].
+
+    Returns: float64 [videos, X], labels [videos], and indices [videos] into the dataset, ascending.
+    """
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    weight = next(model.parameters())
+    device = weight.device
+    views = videos.num_clips * videos.num_crops
+    loader = DataLoader(
+        Subset(videos, range(rank, len(videos), processes)),
+        max(1, batch_size // views),
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # else it would draw from the global one
+    )
+    autocast = torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+    parts, was_training = [], model.training
+    model.eval()
+    try:
+        for batch in tqdm(loader, desc="videos", leave=False, disable=None if progress and rank == 0 else True):
+            if batch is None:
+                continue
+            clips = batch["clip"].flatten(0, 1)  # [B, views, ...] -> [B·views, ...]
+            with autocast:
+                values = [
+                    function(part.to(device, weight.dtype, non_blocking=True)) for part in clips.split(batch_size)
+                ]
+            means = torch.cat(values).cpu().double().unflatten(0, (-1, views)).mean(1)
+            parts.append((batch["index"], batch["label"], means))
+    finally:
+        model.train(was_training)
+    everyone = [parts]
+    if processes > 1:
+        everyone = [None] * processes
+        dist.all_gather_object(everyone, parts)
+    gathered = [part for parts in everyone for part in parts]
+    if not gathered:
+        raise ValueError(f"none of the {len(videos)} videos can be decoded")
+    indices, labels, values = (torch.cat(tensors) for tensors in zip(*gathered, strict=True))
+    if not values.isfinite().all():
+        raise ValueError("the scores aren't finite; check the checkpoint, or use float32")
+    order = indices.argsort()
+    return values[order], labels[order], indices[order]

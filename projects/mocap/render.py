@@ -1,0 +1,107 @@
+"""Renders the dataset: OUT/{train,val,test}/<class>/<number>.mp4 and OUT/dataset.json, which says how each was drawn.
+
+python -m projects.mocap.render OUT --seed 0 --train 300 --val 20 --test 40 --workers 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+
+import av
+import numpy as np
+from tqdm import tqdm
+
+from etmamba_timm.files import whole_file
+
+from .variation import CLASSES, FPS, PARTS, describe, draw
+
+PACKAGES = ("pybullet", "numpy", "av")
+KEYFRAMES = 12  # from one to the next
+OPTIONS = {"crf": "23", "preset": "medium", "g": str(KEYFRAMES), "bf": "0", "threads": "1"}
+
+
+def render(out: Path, seed: int, counts: dict[str, int], workers: int) -> None:
+    """Write the dataset to `out`, `counts` videos a class of each part; videos that are there already are left.
+
+    Raises:
+        ValueError: `out` holds a dataset that was drawn in another way.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    videos = {relative: draw(seed, *job) for relative, job in jobs(counts)}
+    write_index(out / "dataset.json", {"seed": seed, **describe(), "made_with": made_with(), "videos": videos})
+    missing = [(out / name, parameters) for name, parameters in videos.items() if not (out / name).exists()]
+    with get_context("spawn").Pool(workers, maxtasksperchild=100) as pool:
+        done = pool.imap_unordered(_render_one, missing, chunksize=4)
+        for _ in tqdm(done, total=len(videos), initial=len(videos) - len(missing), unit="video"):
+            pass
+
+
+def jobs(counts: dict[str, int]) -> Iterator[tuple[str, tuple[str, str, int]]]:
+    """Each video's path in the dataset, and its part, class and number; a number of all classes before the next.
+
+    The smaller parts come first, so that an unfinished dataset can be used.
+    """
+    for part in sorted(PARTS, key=counts.__getitem__):
+        for number in range(counts[part]):
+            for name in CLASSES:
+                yield f"{part}/{name}/{number:04d}.mp4", (part, name, number)
+
+
+def made_with() -> dict[str, str]:
+    """Versions that the pixels may depend on."""
+    return {"python": platform.python_version(), "machine": platform.machine()} | {p: version(p) for p in PACKAGES}
+
+
+def write_index(path: Path, index: dict) -> None:
+    """Write `index` as JSON, unless what is there was drawn in another way, which is a ValueError."""
+    index = json.loads(json.dumps(index))
+    if path.exists():
+        before = json.loads(path.read_text())
+        changed = [key for key in index if key != "videos" and before.get(key) != index[key]]
+        if changed:
+            raise ValueError(f"{path} was drawn with another {', '.join(changed)}; name an empty folder")
+        index["videos"] = before["videos"] | index["videos"]
+    with whole_file(path) as draft:
+        draft.write_text(json.dumps(index) + "\n")
+
+
+def _render_one(job: tuple[Path, dict]) -> None:
+    from .scene import frames  # needs pybullet
+
+    path, parameters = job
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")  # no whole_file: a killed run may leave it, under a name that is no video's
+    encode(partial, frames(parameters))
+    os.replace(partial, path)
+
+
+def encode(path: Path, frames: np.ndarray) -> None:
+    """Write frames [T, H, W, 3] as H.264 in an mp4, whatever the path ends in."""
+    with av.open(str(path), "w", format="mp4") as output:
+        stream = output.add_stream("libx264", rate=FPS, options=OPTIONS)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        for frame in frames:
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        output.mux(stream.encode())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="the folder to write")
+    parser.add_argument("--seed", type=int, default=0)
+    for part, count in zip(PARTS, (300, 20, 40), strict=True):
+        parser.add_argument(f"--{part}", type=int, default=count, help="videos a class")
+    parser.add_argument("--workers", type=int, default=2, help="processes")
+    args = parser.parse_args()
+    render(args.out, args.seed, {part: getattr(args, part) for part in PARTS}, args.workers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""A finished run -> weights/etmamba_ti.mocap, its manifest entry, the sample clip, and the videos that the tests take.
+
+python -m projects.mocap.ship DATA RUN
+
+It evaluates the shipped weights on the test videos, by `etmamba eval`, once: the scores stay in RUN/test.safetensors,
+and go to benchmarks/results, as does the validation's log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+
+from etmamba_timm.checkpoints.card import model_card
+from etmamba_timm.checkpoints.publish import check_folder
+from etmamba_timm.checkpoints.save import save_checkpoint
+from etmamba_timm.training.evaluate import Scores
+from etmamba_timm.training.recipe import load_recipe
+from etmamba_timm.training.run_folder import MODEL, RECIPE_FILE, RUN_FILE, VAL_LOG
+
+from .pairs import accuracies
+from .runs import tested
+from .variation import CLASSES
+
+ROOT = Path(__file__).parents[2]
+NAME = "etmamba_ti.mocap"
+WEIGHTS = ROOT / "weights"
+RESULTS = ROOT / "benchmarks" / "results"
+VIDEOS = ROOT / "tests" / "mocap" / "test"  # of the test part, so many of each class
+EACH = 5
+SEED = 0  # which ones, and which is the sample
+LICENCE = "Apache-2.0"
+DATASET = "rendered motion capture"
+NOTES = Path(__file__).with_name("notes.md")
+
+
+def about(run: Path) -> dict:
+    """What identifies the run: its recipe's settings, `processes`, each of which took `batch_size` clips, and more."""
+    return json.loads((run / RUN_FILE).read_text())
+
+
+def card(run: Path, scores: Scores | None) -> dict:
+    """The block of config.json that the model card is made of."""
+    known, recipe, figures = about(run), load_recipe(run / RECIPE_FILE), []
+    if scores is not None:
+        values = {"top-1": scores.topk(1), "top-5": scores.topk(5)}
+        for pair, both in accuracies(scores).items():
+            values |= {f"top-1 of {name}": value for name, value in zip(pair, both, strict=False)}
+            values[f"{pair[0]} or backwards, of the two"] = both[2]
+        dataset = f"{DATASET}, {len(scores.labels)} videos of held-out views"
+        views = {"frames": recipe.num_frames, "crops": 1, "clips": 1}
+        common = {"dataset": dataset, "views": views, "whose": "measured here"}
+        figures = [common | {"metric": name, "value": round(100 * value, 2)} for name, value in values.items()]
+    return {
+        "licence": LICENCE,
+        "source": f"trained from scratch on {known['videos']:,} videos rendered from motion capture (projects/mocap)",
+        "recipe": asdict(recipe) | {"processes": known["processes"]},
+        "figures": figures,
+        "notes": NOTES.read_text(encoding="utf-8").strip(),
+    }
+
+
+def save(run: Path, folder: Path, scores: Scores | None) -> None:
+    """The run's model in half precision, instead of what is in the folder."""
+    model = timm.create_model(f"local-dir:{run / MODEL}", pretrained=True)
+    params = sum(p.numel() for p in model.parameters())
+    shutil.rmtree(folder, ignore_errors=True)
+    save_checkpoint(
+        model,
+        folder,
+        dtype=torch.float16,
+        card=card(run, scores),
+        readme=lambda config: model_card(NAME, config, params, "float16", NAME),
+    )
+
+
+def enter(folder: Path) -> None:
+    """The checkpoint's entry in the manifest, instead of the one that is there."""
+    found = check_folder(folder)
+    entry = found.manifest_entry("none") | {"status": "local", "source": {"folder": folder.name}}
+    entry |= {"trained_on": DATASET, "figures": entry["figures"][:1]}
+    file = WEIGHTS / "manifest.json"
+    text = file.read_text(encoding="utf-8")
+    if next(reversed(json.loads(text))) != NAME and NAME in json.loads(text):
+        raise ValueError(f"{file}: move {NAME}'s entry to the end")
+    before, _, _ = text.rstrip().removesuffix("}").rstrip().partition(f',\n  "{NAME}"')
+    lines = ",\n".join(f"    {json.dumps(key)}: {json.dumps(value)}" for key, value in entry.items())
+    file.write_text(f'{before},\n  "{NAME}": {{\n{lines}\n  }}\n}}\n', encoding="utf-8")
+
+
+def test_videos(data: Path) -> dict[str, list[Path]]:
+    """Each class's test videos.
+
+    Raises:
+        ValueError: there are too few.
+    """
+    videos = {name: sorted((data / "test" / name).glob("*.mp4")) for name in CLASSES}
+    for name, found in videos.items():
+        if len(found) <= EACH:
+            raise ValueError(f"{data}/test/{name} holds {len(found)} videos, {EACH + 1} are needed; render the dataset")
+    return videos
+
+
+def copy_videos(videos: dict[str, list[Path]]) -> None:
+    """Some test videos of each class, and one of the others as the sample; drawn by the seed."""
+    rng = np.random.default_rng(SEED)
+    shutil.rmtree(VIDEOS.parent, ignore_errors=True)
+    for old in WEIGHTS.glob("sample_*.mp4"):
+        old.unlink()
+    shown = CLASSES[rng.integers(len(CLASSES))]
+    for name, found in videos.items():
+        drawn = rng.permutation(len(found))
+        (VIDEOS / name).mkdir(parents=True)
+        for i in sorted(drawn[:EACH]):
+            shutil.copy(found[i], VIDEOS / name)
+        if name == shown:
+            shutil.copy(found[drawn[EACH]], WEIGHTS / f"sample_{name}.mp4")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, help="the rendered dataset")
+    parser.add_argument("run", type=Path, help="the folder of the finished run")
+    args = parser.parse_args()
+    folder, file, videos = WEIGHTS / NAME, args.run / "test.safetensors", test_videos(args.data)
+    with tempfile.TemporaryDirectory() as draft:
+        save(args.run, Path(draft, NAME), None)
+        scores = tested(f"local-dir:{Path(draft, NAME)}", args.data, file)
+    save(args.run, folder, scores)
+    scores.save(RESULTS / "mocap_test.safetensors")
+    shutil.copy(args.run / VAL_LOG, RESULTS / "mocap_val.csv")
+    enter(folder)
+    copy_videos(videos)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Recipes: the paper's four, overriding them, and what is refused."""
+
+from dataclasses import asdict
+
+import pytest
+
+from etmamba_timm.training.recipe import Recipe, RecipeError, load_recipe, parse_overrides, recipe_names
+
+
+def test_the_papers_protocol():
+    """Paper 4.2."""
+    assert recipe_names() == ["breakfast", "hmdb51", "k400", "ssv2"]
+    recipes = {name: load_recipe(name) for name in recipe_names()}
+    assert {name: (r.warmup_epochs, r.epochs) for name, r in recipes.items()} == {
+        "breakfast": (5, 50),
+        "hmdb51": (5, 50),
+        "k400": (1, 30),
+        "ssv2": (1, 35),
+    }
+    for recipe in recipes.values():
+        assert (recipe.model, recipe.opt, recipe.betas, recipe.weight_decay) == (
+            "etmamba_m",
+            "adamw",
+            (0.9, 0.999),
+            0.05,
+        )
+        assert (recipe.lr, recipe.min_lr, recipe.warmup_lr, recipe.batch_size) == (3e-4, 1e-6, 1e-6, 64)
+        assert (recipe.drop_path, recipe.label_smoothing, recipe.precision, recipe.size) == (0.1, 0.1, "bf16", 224)
+        assert recipe.rand_augment.startswith("rand-m9-mstd0.5")
+        assert recipe.erasing > 0
+        assert (recipe.num_clips, recipe.num_crops) == (4, 3)
+    assert recipes["ssv2"].flip == 0 < recipes["k400"].flip
+    assert [recipes[n].num_frames for n in ("breakfast", "k400", "ssv2", "hmdb51")] == [64, 16, 16, 16]
+    assert [recipes[n].stride for n in ("k400", "ssv2", "hmdb51")] == [2, 2, 2]
+
+
+def test_rates_scale_with_the_clips_of_an_update():
+    recipe = load_recipe("k400")
+    assert recipe.scaled(recipe.lr, 1) == pytest.approx(3e-4 / 4)
+    assert recipe.scaled(recipe.lr, 8) == pytest.approx(6e-4)
+
+
+def test_files_and_overrides(tmp_path):
+    file = tmp_path / "own.yaml"
+    file.write_text(
+        "precision: no\nlr: 1e-3\nepochs: 7\nwarmup_epochs: 0.5\nscale: [0.5, 1]\nrand_augment:\n"
+        "model_args: {depth: 2}\n"
+    )
+    recipe = load_recipe(file, epochs=9, flip=0)
+    assert (recipe.lr, recipe.epochs, recipe.scale, recipe.rand_augment) == (1e-3, 9, (0.5, 1.0), "")
+    assert (recipe.flip, recipe.model_args, recipe.precision) == (0.0, {"depth": 2}, "no")
+    assert recipe.warmup_epochs == 0.5
+    file.write_text(recipe.to_yaml())
+    assert load_recipe(file) == recipe
+    assert asdict(Recipe()) == asdict(load_recipe("k400", dataset="folders"))
+    assert parse_overrides(["lr=1e-3", "scale=[0.5, 1]", "rand_augment="]) == {
+        "lr": "1e-3",
+        "scale": [0.5, 1],
+        "rand_augment": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"epoch": 3}, "unknown settings epoch; there are dataset, split, model"),
+        ({"epochs": 2.5}, "epochs is 2.5; it must be int"),
+        ({"epochs": 0}, "epochs is 0; it must be 1 or more"),
+        ({"lr": "fast"}, "lr is 'fast'; it must be float"),
+        ({"lr": float("nan")}, "lr is nan; it must be 0 or more"),
+        ({"pretrained": 1}, "pretrained is 1; it must be bool"),
+        ({"betas": [0.9]}, r"betas is \[0.9\]; it must be tuple"),
+        ({"drop_path": 2}, "drop_path is 2.0; it must be within 0 and 1"),
+        ({"epochs": 3, "warmup_epochs": 3}, "warmup_epochs is 3 of 3 epochs"),
+        ({"accumulate": 5}, "batch_size 64 can't be cut into 5 equal parts"),
+        ({"mixup": 0.8, "batch_size": 3}, "mixup pairs clips; 3 at a time is odd"),
+        ({"num_crops": 2}, "num_crops is 2; it is 1 or 3"),
+        ({"layer_decay": 0}, "it is 1 for none"),
+        ({"label_smoothing": 1}, "it must be below 1"),
+        ({"mixup": -0.8}, "mixup is -0.8; it must be 0 or more"),
+        ({"precision": "fp8"}, "choose one of no, bf16, fp16"),
+    ],
+)
+def test_settings_that_cannot_be(settings, said):
+    with pytest.raises(RecipeError, match=said):
+        load_recipe("k400", **settings)
+
+
+def test_files_that_cannot_be(tmp_path):
+    with pytest.raises(RecipeError, match="it is no file, and none of breakfast, hmdb51, k400, ssv2"):
+        load_recipe("ucf101")
+    file = tmp_path / "x.yaml"
+    for text, said in (("a: [", "is no YAML"), ("- 1\n", "holds a list; wanted lines `setting: value`")):
+        file.write_text(text)
+        with pytest.raises(RecipeError, match=said):
+            load_recipe(file)
+    with pytest.raises(RecipeError, match="'lr' is no setting; write it as name=value"):
+        parse_overrides(["lr"])
+    with pytest.raises(RecipeError, match="is no YAML value"):
+        parse_overrides(["lr=["])

@@ -1,0 +1,44 @@
+"""A run's folder is for that run, and a start that failed doesn't claim it."""
+
+import json
+
+import pytest
+
+from etmamba_timm.training.run_folder import RECIPE_FILE, RUN_FILE, RunError, RunFolder
+
+RUN, OTHER = {"model": "etmamba_m", "betas": (0.9, 0.999)}, {"model": "etmamba_ti", "betas": (0.9, 0.999)}
+
+
+def test_the_same_run_goes_on_and_another_is_refused(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.open(RUN, "recipe")
+    (folder / "state-10").mkdir()
+    folder.open(RUN, "recipe")
+    with pytest.raises(RunError, match="model: 'etmamba_m' there, 'etmamba_ti' now"):
+        folder.open(OTHER, "other recipe")
+    assert (folder / RECIPE_FILE).read_text() == "recipe"
+
+
+@pytest.mark.parametrize(
+    "left", [[RECIPE_FILE, RUN_FILE], [RECIPE_FILE], [RECIPE_FILE, "." + RUN_FILE], ["." + RECIPE_FILE]]
+)
+def test_a_start_that_failed_is_replaced(left, tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.open(RUN, "recipe")
+    whole = (folder / RUN_FILE).read_text()
+    for name in (RECIPE_FILE, RUN_FILE):
+        (folder / name).unlink()
+    for name in left:
+        (folder / name).write_text(whole if name == RUN_FILE else "")
+    folder.open(OTHER, "other recipe")
+    assert (folder / RECIPE_FILE).read_text() == "other recipe"
+    assert json.loads((folder / RUN_FILE).read_text())["model"] == "etmamba_ti"
+
+
+def test_a_folder_of_other_things_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(RunError, match="holds no run"):
+        RunFolder(tmp_path).open(RUN, "recipe")
+    with pytest.raises(RunError, match="holds no run"):
+        RunFolder(tmp_path / "thesis.tex").open(RUN, "recipe")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]

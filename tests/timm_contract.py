@@ -69,7 +69,7 @@ def adapt(source: str, names: list[str]) -> str:
     """timm's tests, for our names: each of the three places must be there, or this is another timm than was read."""
     for old, new in (
         ("# models with forward_inter", HEADER.format(names=names) + "\n# models with forward_inter"),
-        ("FEAT_INTER_FILTERS = [", "FEAT_INTER_FILTERS = ['etmamba', "),
+        ("FEAT_INTER_FILTERS = [", "FEAT_INTER_FILTERS = ['zoo', "),
         ("NON_STD_FILTERS = [", "NON_STD_FILTERS = ['etmamba*', 'videomamba*', "),
         ("EXCLUDE_FEAT_FILTERS = NON_STD_FILTERS[:]", "EXCLUDE_FEAT_FILTERS = NON_STD_FILTERS[2:]"),
     ):

@@ -6,22 +6,10 @@ torch.hub.load("<owner>/<repo>", "eval_transform", "videomamba_m.k400_f8")
 torch.hub.load("<folder>", "etmamba_ti", source="local", num_classes=10)
 """
 
-from etmamba_timm.zoo import (
-    etmamba_m,
-    etmamba_m_ebs,
-    etmamba_s,
-    etmamba_s_ebs,
-    etmamba_ti,
-    etmamba_ti_ebs,
-    videomamba_m,
-    videomamba_m_stfp,
-    videomamba_s,
-    videomamba_s_stfp,
-    videomamba_ti,
-    videomamba_ti_stfp,
-)
+from etmamba_timm import zoo as _zoo
 
 dependencies = ["torch", "torchvision", "timm", "einops", "safetensors", "huggingface_hub"]
+globals().update(_zoo.ENTRY_POINTS)  # torch.hub lists this module's functions
 
 
 def eval_transform(model, **overrides):

@@ -1,11 +1,14 @@
-"""The zoo: which variants there are, their timm configurations, and an entry point for each."""
+"""The zoo: timm's configurations, and an entry point for each row of `VARIANTS`."""
+
+from collections.abc import Callable
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._input import update_model_args
 
+from .checkpoints.config import RUNTIME_ARGS
 from .checkpoints.fetch import find_pretrained, registered_cfgs
-from .models.etmamba import EtMamba
-from .models.variants import VARIANTS
+from .models import VARIANTS, EtMamba
 
 
 def _cfg() -> dict:
@@ -28,28 +31,40 @@ default_cfgs = generate_default_cfgs(registered_cfgs(_cfg(), tuple(VARIANTS)))
 def _create(
     variant: str, pretrained: bool, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs
 ) -> EtMamba:
-    weights = find_pretrained(variant, pretrained, _cfg(), pretrained_cfg, pretrained_cfg_overlay, cache_dir)
+    saved = kwargs.get("pretrained_model_args") or {}  # of a config.json: timm has put them among the caller's
+    given = {k: v for k, v in kwargs.items() if k not in saved or v != saved[k]}
+    weights = find_pretrained(variant, pretrained, _cfg(), given, pretrained_cfg, pretrained_cfg_overlay, cache_dir)
+
+    def build(**arguments) -> EtMamba:
+        model = EtMamba(**arguments)
+        weights.load_into(model)
+        model.stride = weights.stride
+        known = weights.model_args | {k: v for k, v in kwargs.items() if k in arguments}
+        update_model_args(model, **{k: v for k, v in known.items() if k not in RUNTIME_ARGS})
+        return model
+
     kwargs.setdefault("pretrained_model_args", weights.model_args)
-    model = build_model_with_cfg(
-        EtMamba,
+    # The weights are loaded in `build`: timm's own loader would adapt them a second time, and read the file itself.
+    return build_model_with_cfg(
+        build,
         variant,
-        pretrained,
+        pretrained=False,
         pretrained_cfg=weights.cfg,
         pretrained_cfg_overlay=weights.overlay,
-        pretrained_filter_fn=weights.filter_fn,
         feature_cfg={"out_indices": 3, "feature_cls": "getter"},
         cache_dir=cache_dir,
         **{**VARIANTS[variant], **weights.model_args, **kwargs},
     )
-    weights.describe(model, pretrained, kwargs)
-    return model
 
 
-_ARGUMENTS = """
+_FAMILIES = {"etmamba": "ETMamba", "videomamba": "VideoMamba"}
+_STEMS = {"stfp": "the STFP stem", "none": "no stem"}
+_BLOCKS = {"stcm": "STCM blocks", "ebs": "EBS blocks", "bimamba": "VideoMamba's blocks"}
+_DOCSTRING = """{title} with {stem} and {block}; width {embed_dim}, depth {depth}.
 
     Args:
         pretrained: whether to load trained weights.
-        num_classes (int): classes; 0 for none. Default 400.
+        num_classes (int): classes; 0 for none. Default 400, or the checkpoint's.
         img_size (int or (int, int)): height and width that positions are made for, in pixels. Default 224.
         num_frames (int): frames that positions are made for. Default 16.
         in_chans (int): channels of a clip. Default 3.
@@ -62,78 +77,19 @@ _ARGUMENTS = """
     """
 
 
-def _entrypoint(fn):
-    fn.__doc__ += _ARGUMENTS
-    return register_model(fn)
+def _entry_point(name: str, row: dict) -> Callable[..., EtMamba]:
+    def create(pretrained: bool = False, **kwargs) -> EtMamba:
+        return _create(name, pretrained, **kwargs)
+
+    create.__name__ = create.__qualname__ = name
+    family, _, rest = name.partition("_")
+    title = f"{_FAMILIES.get(family, family)}-{rest.partition('_')[0].title()}"
+    create.__doc__ = _DOCSTRING.format(
+        **{**row, "title": title, "stem": _STEMS[row["stem"]], "block": _BLOCKS[row["block"]]}
+    )
+    return register_model(create)
 
 
-@_entrypoint
-def etmamba_ti(pretrained: bool = False, **kwargs) -> EtMamba:
-    """ETMamba-Ti: STFP stem, STCM blocks; width 192, depth 24, 8.1 M parameters."""
-    return _create("etmamba_ti", pretrained, **kwargs)
-
-
-@_entrypoint
-def etmamba_s(pretrained: bool = False, **kwargs) -> EtMamba:
-    """ETMamba-S: STFP stem, STCM blocks; width 384, depth 24, 31 M parameters."""
-    return _create("etmamba_s", pretrained, **kwargs)
-
-
-@_entrypoint
-def etmamba_m(pretrained: bool = False, **kwargs) -> EtMamba:
-    """ETMamba-M, the paper's model: STFP stem, STCM blocks; width 576, depth 32, 91 M parameters."""
-    return _create("etmamba_m", pretrained, **kwargs)
-
-
-@_entrypoint
-def etmamba_ti_ebs(pretrained: bool = False, **kwargs) -> EtMamba:
-    """ETMamba-Ti without the local branch (ablation row c): STFP stem, EBS blocks; 6.0 M parameters."""
-    return _create("etmamba_ti_ebs", pretrained, **kwargs)
-
-
-@_entrypoint
-def etmamba_s_ebs(pretrained: bool = False, **kwargs) -> EtMamba:
-    """ETMamba-S without the local branch (ablation row c): STFP stem, EBS blocks; 23 M parameters."""
-    return _create("etmamba_s_ebs", pretrained, **kwargs)
-
-
-@_entrypoint
-def etmamba_m_ebs(pretrained: bool = False, **kwargs) -> EtMamba:
-    """ETMamba-M without the local branch (ablation row c): STFP stem, EBS blocks; 67 M parameters."""
-    return _create("etmamba_m_ebs", pretrained, **kwargs)
-
-
-@_entrypoint
-def videomamba_ti(pretrained: bool = False, **kwargs) -> EtMamba:
-    """VideoMamba-Ti (ablation row a): no stem, BiMamba blocks; width 192, depth 24, 7.0 M parameters."""
-    return _create("videomamba_ti", pretrained, **kwargs)
-
-
-@_entrypoint
-def videomamba_s(pretrained: bool = False, **kwargs) -> EtMamba:
-    """VideoMamba-S (ablation row a): no stem, BiMamba blocks; width 384, depth 24, 26 M parameters."""
-    return _create("videomamba_s", pretrained, **kwargs)
-
-
-@_entrypoint
-def videomamba_m(pretrained: bool = False, **kwargs) -> EtMamba:
-    """VideoMamba-M (ablation row a): no stem, BiMamba blocks; width 576, depth 32, 74 M parameters."""
-    return _create("videomamba_m", pretrained, **kwargs)
-
-
-@_entrypoint
-def videomamba_ti_stfp(pretrained: bool = False, **kwargs) -> EtMamba:
-    """VideoMamba-Ti behind the STFP stem (ablation row b): BiMamba blocks; 7.0 M parameters."""
-    return _create("videomamba_ti_stfp", pretrained, **kwargs)
-
-
-@_entrypoint
-def videomamba_s_stfp(pretrained: bool = False, **kwargs) -> EtMamba:
-    """VideoMamba-S behind the STFP stem (ablation row b): BiMamba blocks; 26 M parameters."""
-    return _create("videomamba_s_stfp", pretrained, **kwargs)
-
-
-@_entrypoint
-def videomamba_m_stfp(pretrained: bool = False, **kwargs) -> EtMamba:
-    """VideoMamba-M behind the STFP stem (ablation row b): BiMamba blocks; 74 M parameters."""
-    return _create("videomamba_m_stfp", pretrained, **kwargs)
+ENTRY_POINTS = {name: _entry_point(name, row) for name, row in VARIANTS.items()}
+globals().update(ENTRY_POINTS)
+__all__ = [*ENTRY_POINTS]

@@ -8,7 +8,7 @@ import av
 import numpy as np
 from timm.utils import ParseKwargs
 
-from etmamba_timm.data import EvalTransform, Sampling, TrainClips, read_folders
+from etmamba_timm.data import Clip, EvalTransform, TrainClips, read_folders
 
 DIRECTIONS = {"down": (0, 1), "left": (-1, 0), "right": (1, 0), "up": (0, -1)}
 
@@ -37,7 +37,7 @@ def training_clips(args: argparse.Namespace) -> TrainClips:
     """{'clip': float32 [C, T, H, W], 'label': int, 'index': int} of each video; for real use, see TrainTransform."""
     annotations = read_folders(args.data or generated_videos(Path(tempfile.mkdtemp())))
     transform = EvalTransform((args.size, args.size))
-    return TrainClips(annotations, lambda frames: transform(frames)[0], Sampling(args.frames, stride=1))
+    return TrainClips(annotations, lambda frames: transform(frames)[0], Clip(args.frames, stride=1))
 
 
 def generated_videos(root: Path, of_each: int = 4, frames: int = 8, side: int = 64) -> Path:

@@ -69,4 +69,4 @@ trainer.fit(classifier, loader)
 figures = trainer.test(classifier, DataLoader(data, args.batch_size, collate_fn=collate), verbose=False)
 print(f"accuracy on the training clips: {figures[0]['accuracy']:.2f}")
 if args.output:
-    save_checkpoint(model, args.output, label_names=data.annotations.classes, clip={"stride": 1})
+    save_checkpoint(model, args.output, label_names=data.annotations.classes, stride=1)

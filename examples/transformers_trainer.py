@@ -30,7 +30,7 @@ start = timm.create_model(
     img_size=args.size,
     **args.model_kwargs,
 )
-save_checkpoint(start, folder / "start", label_names=classes, clip={"stride": 1})
+save_checkpoint(start, folder / "start", label_names=classes, stride=1)
 model = TimmWrapperForImageClassification.from_pretrained(folder / "start")  # a folder, or a repository on the Hub
 if args.freeze:
     model.requires_grad_(False)

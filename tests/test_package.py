@@ -10,17 +10,18 @@ import etmamba_timm
 PACKAGE = Path(etmamba_timm.__file__).parent
 # Who may import whom, among the parts of the package.
 MAY_IMPORT = {
+    "clip": set(),
     "files": set(),
     "ops": set(),
     "layers": {"ops"},
-    "models": {"layers"},
-    "checkpoints": {"layers", "models", "ops"},
+    "models": {"clip", "layers"},
+    "checkpoints": {"clip", "layers", "models", "ops"},
     "zoo": {"checkpoints", "models"},
-    "data": set(),
+    "data": {"clip"},
     "predict": {"checkpoints", "data", "models", "zoo"},
-    "training": {"checkpoints", "data", "files", "models", "zoo"},
-    "seeing": {"checkpoints", "data", "files", "models", "predict", "training"},
-    "cli": {"checkpoints", "data", "files", "models", "ops", "predict", "seeing", "training"},
+    "training": {"clip", "checkpoints", "data", "files", "models", "zoo"},
+    "seeing": {"clip", "checkpoints", "data", "files", "models", "predict", "training"},
+    "cli": {"clip", "checkpoints", "data", "files", "models", "ops", "predict", "seeing", "training"},
     "__main__": {"cli"},
     "__init__": {"zoo"},
 }

@@ -1,17 +1,18 @@
 """Everything about weights: finding, reading, fitting and saving checkpoints."""
 
-from .fetch import DownloadError
+from .errors import CheckpointError, DownloadError
+from .fit import fit
 from .manifest import Checkpoint, find_checkpoint, manifest
-from .read import CheckpointError, read_checkpoint
-from .remap import checkpoint_filter_fn
+from .read import LoadedCheckpoint, read_checkpoint
 from .save import save_checkpoint
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
     "DownloadError",
-    "checkpoint_filter_fn",
+    "LoadedCheckpoint",
     "find_checkpoint",
+    "fit",
     "manifest",
     "read_checkpoint",
     "save_checkpoint",

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from ..clip import Clip
+
 # Licences that the Hub has a name for.
 KNOWN_LICENCES = {"Apache-2.0": "apache-2.0", "MIT": "mit", "CC-BY-4.0": "cc-by-4.0", "CC-BY-NC-4.0": "cc-by-nc-4.0"}
 
@@ -16,7 +18,7 @@ def model_card(title: str, config: Mapping, params: int, dtype: str, model_id: s
         dtype: that most weights are stored in.
         model_id: what `timm.create_model` takes; None for a placeholder.
     """
-    card, clip = config.get("card", {}), config.get("clip", {})
+    card, clip = config.get("card", {}), Clip.from_config(config["clip"])
     cfg = config["pretrained_cfg"]
     size = config.get("model_args", {}).get("img_size") or cfg["input_size"][1:]
     height, width = (size, size) if isinstance(size, int) else size
@@ -24,7 +26,7 @@ def model_card(title: str, config: Mapping, params: int, dtype: str, model_id: s
     rows = {
         "Architecture": f"`{config['architecture']}` of etmamba_timm",
         "Parameters": f"{params:,}, counted; stored in {dtype}",
-        "Clip": f"{clip.get('num_frames', '?')} frames of {height}×{width}, {_sampling(clip)}",
+        "Clip": f"{clip.num_frames} frames of {height}×{width}, {clip.spacing}",
         "Classes": config["num_classes"] or "none: features alone",
         "Source": card.get("source"),
         "Licence": licence or "not stated",
@@ -51,12 +53,6 @@ def _front_matter(licence: str | None) -> str:
     elif licence:
         lines += ["license: other", "license_name: see-this-card"]  # the Hub takes no words here
     return "\n".join([*lines, "---"]) + "\n"
-
-
-def _sampling(clip: Mapping) -> str:
-    if "stride" not in clip:
-        return "at a stride that isn't stated"
-    return "spread over the whole video" if clip["stride"] is None else f"{clip['stride']} apart"
 
 
 def _usage(model_id: str) -> str:

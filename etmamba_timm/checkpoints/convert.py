@@ -4,7 +4,6 @@ report = convert_checkpoint("videomamba_m16_k400_f8_res224.pth", "folder", tag="
 print(report.text())
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,18 +12,17 @@ import timm
 import torch
 from torch import Tensor
 
+from ..clip import Stride
 from .card import model_card
+from .errors import CheckpointError
 from .manifest import Checkpoint, find_checkpoint
-from .read import CheckpointError, architecture_of, check_complete, nearest_variant, read_checkpoint, read_raw
-from .remap import checkpoint_filter_fn, our_name, unwrap
+from .read import POSITIONS, TIMES, LoadedCheckpoint, read_checkpoint
 from .save import save_checkpoint
-
-POSITIONS = ("pos_embed", "temporal_pos_embedding")
 
 
 @dataclass
 class KeyReport:
-    """What became of every tensor; but for `unused`, which has the file's names, by our names.
+    """What became of each tensor, by this package's names; `unused` has the file's.
 
     Attributes:
         architecture: the model's registered name.
@@ -32,7 +30,7 @@ class KeyReport:
         converted: renamed, inflated or adapted to other channels.
         resampled: position embeddings made for another size or number of frames.
         fresh: not in the file; they stay as the model is initialised.
-        unused: in the file, and of no use.
+        unused: everything else in the file.
     """
 
     architecture: str
@@ -61,44 +59,46 @@ def convert_checkpoint(
     img_size: int | tuple[int, int] | None = None,
     dtype: torch.dtype | None = None,
     label_names: Sequence[str] | None = None,
-    stride: int | None = None,
+    stride: Stride = None,
     licence: str | None = None,
 ) -> KeyReport:
     """Writes model.safetensors, config.json and README.md; the architecture is read off the file.
 
     Args:
-        source: VideoMamba's .pth, a training checkpoint, or safetensors.
-        folder: a path where nothing is yet, or an empty folder.
+        source: what `read_checkpoint` takes: VideoMamba's .pth, a training checkpoint, safetensors, a folder.
+        folder: a path that doesn't exist yet, or an empty folder.
         tag: the manifest's name of this checkpoint; its class names, licence and figures are then written too.
         num_frames, img_size: what positions are resampled to; None leaves them. For a picture that is no square,
             img_size is also what they are read as.
         dtype: of the weights in the file; see `save_checkpoint`.
         label_names: the classes' names, in order.
-        stride: frames from one of a clip to the next; 0 for spread over the whole video.
+        stride: frames from one of a clip to the next, or 'spread' over the whole video.
         licence: e.g. 'Apache-2.0'.
 
     Raises:
-        CheckpointError: a file that is damaged, incomplete, not finite, or not what `tag` says.
+        CheckpointError: as `read_checkpoint`; or a checkpoint that isn't what `tag` says.
         FileNotFoundError, FileExistsError: no file; a folder that isn't empty.
         ValueError: another number of label names than classes.
     """
     entry = _entry(tag)
-    state_dict = read_checkpoint(source)
-    architecture, arguments = describe(state_dict, source, img_size)
-    if num_frames is not None:
-        arguments["num_frames"] = num_frames
-    if entry and (entry.architecture, entry.num_classes) != (architecture, arguments["num_classes"]):
+    checkpoint = read_checkpoint(source)
+    if entry and (entry.architecture, entry.num_classes) != (checkpoint.variant, checkpoint.num_classes):
         raise CheckpointError(
-            f"{source} is {architecture} with {arguments['num_classes']} classes; {entry.name} is "
+            f"{source} is {checkpoint.variant} with {checkpoint.num_classes} classes; {entry.name} is "
             f"{entry.architecture} with {entry.num_classes}: name another tag, or none"
         )
-    model = timm.create_model(architecture, **arguments).eval()
-    fitted = checkpoint_filter_fn(state_dict, model)
-    check_complete(fitted, model)
-    report = report_keys(architecture, read_raw(source), fitted)
-    model.load_state_dict(fitted)
-    clip = {"stride": stride or None} if stride is not None else {"stride": entry.stride} if entry else {}
-    card = {"licence": licence or (entry.licence if entry else None), "source": _origin(source, entry)}
+    model = timm.create_model(
+        checkpoint.variant,
+        pretrained=True,
+        pretrained_cfg_overlay={"state_dict": checkpoint},
+        num_frames=num_frames,
+        img_size=img_size,
+    ).eval()
+    report = report_keys(checkpoint, model.state_dict())
+    names = entry.label_names(entry.config()) if entry else None
+    config = checkpoint.config
+    card = dict(config.card if config else {}) | {"source": _origin(source, entry)}
+    card["licence"] = licence or (entry.licence if entry else config.licence if config else None)
     if entry:
         card |= {"figures": entry.figures, "recipe": _recipe(entry)}
     params = sum(p.numel() for p in model.parameters())
@@ -107,66 +107,26 @@ def convert_checkpoint(
         model,
         folder,
         dtype=dtype,
-        label_names=label_names or (entry.label_names(entry.config()) if entry else None),
-        clip=clip,
+        label_names=label_names or names,
+        stride=next((s for s in (stride, checkpoint.clip.stride, entry and entry.stride) if s is not None), None),
         card={key: value for key, value in card.items() if value},
         readme=lambda config: model_card(tag or Path(folder).resolve().name, config, params, stored),
     )
     return report
 
 
-def describe(
-    state_dict: Mapping[str, Tensor], source: str | Path, img_size: int | tuple[int, int] | None = None
-) -> tuple[str, dict]:
-    """The registered name of the model that a state dict is of, and the constructor arguments it needs.
-
-    Raises:
-        CheckpointError: it's of none, or of a picture that is no square and `img_size` doesn't tell.
-    """
-    try:
-        found = architecture_of(state_dict)
-        positions = state_dict["pos_embed"].shape[1] - 1
-    except (CheckpointError, KeyError) as error:
-        raise CheckpointError(f"{source}: {error}") from error
-    variant, arguments = nearest_variant(found)
-    head, times = state_dict.get("head.weight"), state_dict.get("temporal_pos_embedding")
-    side = math.isqrt(positions)
-    if img_size is None and side * side != positions:
-        raise CheckpointError(
-            f"{source} is made for a picture that is no square; tell its size, --img-size HEIGHT WIDTH"
-        )
-    arguments |= {key: found[key] for key in ("patch_size", "in_chans", "d_state", "expand", "d_conv")}
-    if found["block"] != "bimamba" and "blocks.0.mixer.pw.weight" not in state_dict:
-        arguments["folded"] = True
-    arguments |= {
-        "num_classes": 0 if head is None else len(head),
-        "num_frames": 1 if times is None else times.shape[1],  # without times: an image model
-        "img_size": side * found["patch_size"] if img_size is None else img_size,
-    }
-    return variant, arguments
-
-
-def report_keys(architecture: str, raw: Mapping, fitted: Mapping[str, Tensor]) -> KeyReport:
-    """Accounts for every key of a file (`raw`) and of the state dict that was made of it."""
-    inner = unwrap(raw)
-    report = KeyReport(architecture, unused=[key for key in raw if inner is not raw and not _wraps(raw[key], inner)])
-    theirs = {our_name(key): key for key in inner}
-    for key, value in fitted.items():
-        if key not in theirs:
+def report_keys(checkpoint: LoadedCheckpoint, loaded: Mapping[str, Tensor]) -> KeyReport:
+    """Accounts for everything in a checkpoint, and everything in the state dict of the model it went into."""
+    report = KeyReport(checkpoint.variant, unused=list(checkpoint.unused))
+    for key, value in loaded.items():
+        if key not in checkpoint.tensors:
             report.fresh.append(key)
-        elif inner[theirs[key]].shape != value.shape:
-            (report.resampled if key in POSITIONS else report.converted).append(key)
+        elif checkpoint.tensors[key].shape != value.shape:
+            (report.resampled if key in (POSITIONS, TIMES) else report.converted).append(key)
         else:
-            (report.loaded if theirs[key] == key else report.converted).append(key)
-    report.unused += [name for key, name in theirs.items() if key not in fitted]
+            (report.converted if key in checkpoint.converted else report.loaded).append(key)
+    report.unused += [key for key in checkpoint.tensors if key not in loaded]
     return report
-
-
-def _wraps(value: object, inner: Mapping) -> bool:
-    """Whether the weights are this, within it, or, where each had a prefix, among them."""
-    if isinstance(value, Tensor):
-        return any(value is tensor for tensor in inner.values())
-    return isinstance(value, Mapping) and (value is inner or any(_wraps(v, inner) for v in value.values()))
 
 
 def _entry(tag: str | None) -> Checkpoint | None:

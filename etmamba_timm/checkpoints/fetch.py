@@ -1,34 +1,30 @@
-"""Where the weights of `pretrained=True` come from: found or fetched, verified, and handed to timm as a file."""
+"""Where the weights of `pretrained=True` come from: found or fetched, verified, and read."""
 
 import hashlib
-import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.utils import EntryNotFoundError
 from timm.models import PretrainedCfg
-from timm.models._input import update_model_args
-from torch import Tensor, nn
+from timm.models._hub import download_cached_file
+from torch import Tensor
 
-from ..models.etmamba import EtMamba
-from .manifest import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, find_checkpoint, manifest, read_config, saved_cfg
-from .read import CheckpointError, check_complete, check_readable, first_line, fit_checkpoint
-from .remap import from_videomamba
+from ..clip import Stride
+from ..models import VARIANTS, EtMamba
+from .config import CONFIG_FILE, WEIGHTS_FILE, HubConfig, read_config
+from .errors import CheckpointError, DownloadError, first_line
+from .fit import arguments_for, fit
+from .manifest import Checkpoint, find_checkpoint, manifest
+from .read import BINARY_FILE, LoadedCheckpoint, read_checkpoint
 from .warm_start import warm_start
 
 _logger = logging.getLogger(__name__)
 
 TIMEOUT = 5  # seconds that the Hub has for its first answer
-# Constructor arguments that say nothing of the weights.
-_RUNTIME = ("device", "dtype", "drop_rate", "drop_path_rate")
-
-
-class DownloadError(RuntimeError):
-    """The Hub can't be reached, is too slow, or doesn't have the file."""
 
 
 @dataclass(frozen=True)
@@ -36,84 +32,102 @@ class Pretrained:
     """What a call of an entry point loads, and how the model has to be built for it.
 
     Attributes:
-        checkpoint: the manifest's entry; None without one.
+        checkpoint: the weights; None where none are loaded.
+        is_warm_start: whether they are VideoMamba's, from which another architecture starts.
         cfg, overlay: timm's `pretrained_cfg` and `pretrained_cfg_overlay`.
         model_args: constructor arguments where the caller gives none.
-        config: the config.json it comes from, {} without one.
-        filter_fn: timm's hook between the file and `load_state_dict`.
+        stride: of the model's clips.
     """
 
-    checkpoint: Checkpoint | None
-    cfg: object
+    checkpoint: LoadedCheckpoint | None
+    is_warm_start: bool
+    cfg: Any
     overlay: dict
     model_args: dict
-    config: dict
-    filter_fn: Callable[[Mapping, nn.Module], dict[str, Tensor]]
+    stride: Stride
 
-    def describe(self, model: nn.Module, loaded: bool, given: Mapping) -> None:
-        """Tells a built model how it was made, what its clips are, and what its classes are called.
+    def load_into(self, model: EtMamba) -> None:
+        """Loads the weights, if there are any, into a model built with `model_args`."""
+        if self.checkpoint is not None:
+            model.load_state_dict(self._weights(self.checkpoint, model))
 
-        Sets `clip_cfg`, {"num_frames", "stride"} with stride None for frames spread over the whole video; {} where
-        nothing is known. `given` are the constructor arguments of the call.
-        """
-        known = inspect.signature(EtMamba).parameters
-        arguments = self.model_args | dict(given)
-        update_model_args(model, **{k: v for k, v in arguments.items() if k in known and k not in _RUNTIME})
-        cfg, entry = model.pretrained_cfg, self.checkpoint
-        model.clip_cfg = dict(self.config.get("clip") or {})
-        if entry is not None:
-            model.clip_cfg = model.clip_cfg or {"num_frames": entry.num_frames, "stride": entry.stride}
-            if loaded and entry.is_classifier and getattr(model, "num_classes", 0) == entry.num_classes:
-                cfg["label_names"] = entry.label_names(self.config)
-        if len(cfg.get("label_names") or ()) != getattr(model, "num_classes", 0):
-            cfg.pop("label_names", None)
+    def _weights(self, checkpoint: LoadedCheckpoint, model: EtMamba) -> dict[str, Tensor]:
+        if not self.is_warm_start:
+            return fit(checkpoint, model)
+        if model.folded:
+            raise CheckpointError(
+                "VideoMamba's weights start an unfolded model: leave folded=True out, then call fold()"
+            )
+        return warm_start(checkpoint, model)
 
 
 def find_pretrained(
-    variant: str, pretrained: bool, base_cfg: dict, cfg=None, overlay: Mapping | None = None, cache_dir=None
+    variant: str,
+    pretrained: bool,
+    base_cfg: dict,
+    given: Mapping,
+    cfg: Any = None,
+    overlay: Mapping | None = None,
+    cache_dir: str | Path | None = None,
 ) -> Pretrained:
-    """What `create_model` of a variant is to load: the manifest's checkpoint, or what a cfg or an overlay names.
+    """What `create_model` of a variant loads: the manifest's checkpoint, or what a cfg or an overlay names.
 
     Args:
         variant: the registered name.
         pretrained: whether weights are loaded; nothing is fetched without. Without a tag, and without a file of the
             caller's, those of the architecture's first checkpoint.
         base_cfg: the cfg of a model without weights.
+        given: constructor arguments that the caller gives.
         cfg: timm's `pretrained_cfg`: None, a tag, or the cfg of a config.json.
         overlay: timm's `pretrained_cfg_overlay`.
         cache_dir: of the Hub's files; None for huggingface_hub's own.
 
     Raises:
-        CheckpointError, DownloadError, FileNotFoundError: there is no file to load, or it is damaged.
+        CheckpointError, FileNotFoundError: as `read_checkpoint` and `arguments_for`.
+        DownloadError: the Hub can't be reached, or doesn't have the file.
+        RuntimeError: there are no weights of that name.
     """
     overlay = dict(overlay or {})
-    entry, config = None, {}
+    has_own_source = any(overlay.get(key) for key in ("file", "state_dict", "url", "hf_hub_id", "hf_hub_filename"))
+    entry = None
     if isinstance(cfg, str) and cfg:
         entry = find_checkpoint(f"{variant}.{cfg}")
-    elif not cfg and pretrained and not _has_source(overlay):
+        if entry is None:
+            raise RuntimeError(f"{variant} has no tag {cfg!r}; `etmamba info {variant}` lists its tags")
+    elif not cfg and pretrained and not has_own_source:
         entry = find_checkpoint(variant)
     elif not cfg:
         cfg = {**base_cfg, "architecture": variant}
-    given = asdict(cfg) if is_dataclass(cfg) else cfg if isinstance(cfg, Mapping) else {}
-    source = {**base_cfg, **(entry.cfg() if entry else given), **overlay}
-    if entry is not None:
-        config = entry.config() or (
-            _fetched_config(entry, cache_dir) if pretrained and not _has_source(overlay) else {}
-        )
-        overlay = saved_cfg(config) | overlay
-    elif source.get("source") in ("hf-hub", "local-dir"):
-        config = _config_of(source, cache_dir)
+    stated = asdict(cfg) if is_dataclass(cfg) and not isinstance(cfg, type) else cfg if isinstance(cfg, Mapping) else {}
+    source = {**base_cfg, **(entry.cfg() if entry else stated), **overlay}
+    checkpoint, config = None, entry.config() if entry else _config_of(source, cache_dir)
     if pretrained:
-        path = _locate(source, cache_dir)
-        if path is not None:
-            if entry is not None and not _has_source(overlay):
-                verify(path, entry.sha256)
-            check_readable(path)
-            overlay.update(file=str(path), source=None)
-    warm = entry is not None and entry.status == "warm start"
-    model_args = entry.model_args(config) if entry else {}
-    filter_fn = _warm_filter if warm else partial(_filter, entry=entry)
-    return Pretrained(entry, cfg, overlay, model_args, config, filter_fn)
+        checkpoint = _load(variant, source, None if has_own_source else entry, cache_dir)
+        config = checkpoint.config or config
+    is_warm_start = (
+        entry is not None
+        and entry.status == "warm start"
+        and checkpoint is not None
+        and checkpoint.architecture["block"] == "bimamba" != VARIANTS[variant]["block"]
+    )
+    model_args = dict(entry.model_args(config)) if entry else {}
+    if checkpoint is not None and not is_warm_start:
+        model_args |= (config.model_args if config else {}) | arguments_for(checkpoint, variant, given)
+        _check_promise(checkpoint, entry)
+    overlay = (config.data_cfg if config else {}) | overlay
+    overlay.pop("state_dict", None)
+    names, num_classes = source.get("label_names"), source["num_classes"]
+    if checkpoint is not None:
+        overlay["num_classes"] = num_classes = checkpoint.num_classes
+        is_classifier = entry is not None and entry.is_classifier and entry.num_classes == num_classes
+        names = checkpoint.label_names or (entry.label_names(config) if entry and is_classifier else ())
+    # Names of other classes than the model's would be wrong, and of a fresh classifier's too.
+    classes = given.get("num_classes", model_args.get("num_classes", num_classes))
+    overlay["label_names"] = tuple(names) if names and len(names) == classes and not is_warm_start else None
+    strides = (config and config.clip and config.clip.stride, entry and entry.stride)
+    return Pretrained(
+        checkpoint, is_warm_start, cfg, overlay, model_args, next((s for s in strides if s is not None), None)
+    )
 
 
 def fetch(repo: str, filename: str, cache_dir: str | Path | None = None) -> Path:
@@ -167,81 +181,68 @@ def verify(path: str | Path, sha256: str | None) -> None:
         )
 
 
-def _locate(source: Mapping, cache_dir: str | Path | None) -> Path | None:
-    """The file of weights that a cfg names, fetched if need be; None where it is for timm to find or to miss."""
-    kind = source.get("source")
-    if kind == "local-dir":
-        path = Path(source["file"]) / WEIGHTS_FILE
-        return path if path.is_file() else None
-    if kind != "hf-hub" and source.get("state_dict"):
-        return None
-    if kind != "hf-hub" and source.get("file"):
-        return Path(source["file"])
-    if source.get("hf_hub_id"):
+def _load(variant: str, source: Mapping, entry: Checkpoint | None, cache_dir: str | Path | None) -> LoadedCheckpoint:
+    """The checkpoint that a cfg names, fetched if need be; the file of a manifest's entry is verified."""
+    from_hub = source.get("source") == "hf-hub"
+    if not from_hub and source.get("state_dict"):
+        return read_checkpoint(source["state_dict"])
+    if not from_hub and source.get("file"):
+        path = Path(source["file"])
+    elif source.get("hf_hub_id"):
+        path = _from_hub(source, cache_dir)
+    elif source.get("url"):
+        path = Path(download_cached_file(source["url"], cache_dir=cache_dir))
+    else:
+        raise RuntimeError(
+            f"No pretrained weights exist for {variant}. Use pretrained=False for a random start, a tag that "
+            f"`etmamba info {variant}` lists, or a file: pretrained_cfg_overlay=dict(file=...)"
+        )
+    if entry is not None:
+        verify(path, entry.sha256)
+    return read_checkpoint(path)
+
+
+def _from_hub(source: Mapping, cache_dir: str | Path | None) -> Path:
+    repo, filename = source["hf_hub_id"], source.get("hf_hub_filename")
+    if filename in (None, WEIGHTS_FILE):  # this package or timm saved it, and a config.json beside it
         try:
-            return fetch(source["hf_hub_id"], source.get("hf_hub_filename") or WEIGHTS_FILE, cache_dir)
+            fetch(repo, CONFIG_FILE, cache_dir)
         except _NotThereError:
-            if kind == "hf-hub" and not source.get("hf_hub_filename"):
-                return fetch(source["hf_hub_id"], "pytorch_model.bin", cache_dir)  # timm's other name
-            raise
-    return None
+            _logger.info("%s has no %s: nothing is known but what the weights tell", repo, CONFIG_FILE)
+    try:
+        return fetch(repo, filename or WEIGHTS_FILE, cache_dir)
+    except _NotThereError:
+        if filename is None:
+            return fetch(repo, BINARY_FILE, cache_dir)
+        raise
 
 
-def _has_source(overlay: Mapping) -> bool:
-    return any(overlay.get(key) for key in ("file", "state_dict", "url", "hf_hub_id", "hf_hub_filename"))
-
-
-def _config_of(source: Mapping, cache_dir: str | Path | None) -> dict:
+def _config_of(source: Mapping, cache_dir: str | Path | None) -> HubConfig | None:
     """The config.json that timm made a cfg of."""
-    if source["source"] == "local-dir":
+    if source.get("source") == "local-dir":
         return read_config(Path(source["file"]))
+    if source.get("source") != "hf-hub":
+        return None
     repo_id, _, revision = source["hf_hub_id"].partition("@")
     path = try_to_load_from_cache(repo_id, CONFIG_FILE, cache_dir=cache_dir, revision=revision or None)
-    return read_config(Path(path).parent) if isinstance(path, str) else {}
+    return read_config(Path(path).parent) if isinstance(path, str) else None
 
 
-def _fetched_config(entry: Checkpoint, cache_dir: str | Path | None) -> dict:
-    """The config.json on the Hub beside weights that this package saved; {} without."""
-    if entry.source.get("file") != WEIGHTS_FILE:
-        return {}
-    try:
-        return read_config(fetch(entry.cfg()["hf_hub_id"], CONFIG_FILE, cache_dir).parent)
-    except _NotThereError:
-        return {}
-
-
-def _filter(state_dict: Mapping, model: nn.Module, entry: Checkpoint | None = None) -> dict[str, Tensor]:
-    try:
-        state_dict = from_videomamba(state_dict)
-        if entry is not None and "pos_embed" in state_dict:
-            times = state_dict.get("temporal_pos_embedding")
-            came = (state_dict["pos_embed"].shape[1] - 1, 1 if times is None else times.shape[1])
-            promised = ((entry.img_size // model.patch_size) ** 2, entry.num_frames)
-            if came != promised:
-                told = "the file has positions of %d patches and %d frames, not %d and %d as %s promises"
-                _logger.warning(told, *came, *promised, entry.name)
-        return fit_checkpoint(state_dict, model)
-    except TypeError as error:  # timm would call again, with one argument
-        raise CheckpointError(f"the checkpoint can't be fitted to the model ({first_line(error)})") from error
-
-
-def _warm_filter(state_dict: Mapping, model: nn.Module) -> dict[str, Tensor]:
-    """For a tag that starts from another architecture's weights; a file with the model's own is loaded as it is."""
-    state_dict = from_videomamba(state_dict)
-    if not any(key.endswith(".A_b_log") for key in state_dict):
-        return _filter(state_dict, model)
-    if model.folded:
-        raise CheckpointError("VideoMamba's weights start an unfolded model: leave folded=True out, then call fold()")
-    try:
-        out = warm_start(state_dict, model)
-        check_complete(out, model)
-        return out
-    except TypeError as error:
-        raise CheckpointError(f"the model can't be started from the checkpoint ({first_line(error)})") from error
+def _check_promise(checkpoint: LoadedCheckpoint, entry: Checkpoint | None) -> None:
+    """Warns of a file that was made for other clips than the manifest says."""
+    if entry is None:
+        return
+    came = (checkpoint.positions, checkpoint.clip.num_frames)
+    promised = ((entry.img_size // checkpoint.architecture["patch_size"]) ** 2, entry.num_frames)
+    if came != promised:
+        _logger.warning(
+            "the file has positions of %d patches and %d frames, not %d and %d as %s promises",
+            *(*came, *promised, entry.name),
+        )
 
 
 def registered_cfgs(base_cfg: dict, names: tuple[str, ...]) -> dict[str, dict | PretrainedCfg]:
-    """timm's cfgs for these names: one a checkpoint of the manifest, and one without weights where there is none."""
+    """timm's cfgs for these names: one for each checkpoint in the manifest, and one without weights where none is."""
     cfgs = {entry.name: {**base_cfg, **entry.cfg()} for entry in manifest().values()}
     tagged = {name.partition(".")[0] for name in cfgs}
     return cfgs | {name: dict(base_cfg) for name in names if name not in tagged}

@@ -1,15 +1,15 @@
 """What checkpoints there are: `weights/manifest.json`. The registry reads it, so that adding weights is adding data."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from ..clip import Stride
+from .config import CONFIG_FILE, WEIGHTS_FILE, HubConfig, read_config
+
 PACKAGE = Path(__file__).parents[1]
-WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 STATUSES = ("published", "local", "warm start")
-_DATA = ("input_size", "mean", "std", "interpolation", "crop_pct")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Checkpoint:
         num_classes: of its classifier; None without one.
         labels: where its class names are, a key of `LABELS` or 'config.json' beside its weights; None where they
             aren't known.
-        stride: frames from one of a clip to the next; None where they are spread evenly over the whole video.
+        stride: frames from one of a clip to the next, or 'spread'; see `Clip`.
         trained_on, started_from: data set, and what came before.
         figures: [{"dataset", "metric", "value", "views", "whose"}], views {"frames", "crops", "clips"} or None.
         note: what else is worth knowing.
@@ -46,7 +46,7 @@ class Checkpoint:
     img_size: int
     num_classes: int | None
     labels: str | None
-    stride: int | None
+    stride: Stride
     trained_on: str | None
     started_from: str | None
     figures: list = field(default_factory=list)
@@ -62,18 +62,18 @@ class Checkpoint:
         """Whether its classes mean something; not so of a warm start."""
         return self.status != "warm start" and bool(self.num_classes)
 
-    def config(self) -> dict:
-        """The config.json of a local checkpoint; {} for one that isn't there, or on the Hub."""
-        return read_config(self.folder) if self.folder else {}
+    def config(self) -> HubConfig | None:
+        """The config.json of a local checkpoint; None for one that isn't there, or on the Hub."""
+        return read_config(self.folder) if self.folder else None
 
-    def model_args(self, config: Mapping) -> dict:
-        """Constructor arguments that it asks for, beside its architecture's own; `config` is its config.json, or {}."""
-        return {"num_frames": self.num_frames, "img_size": self.img_size} | config.get("model_args", {})
+    def model_args(self, config: HubConfig | None) -> dict:
+        """Constructor arguments that it asks for, beside its architecture's own; `config` is its config.json."""
+        return {"num_frames": self.num_frames, "img_size": self.img_size} | (config.model_args if config else {})
 
-    def label_names(self, config: Mapping) -> tuple[str, ...] | None:
-        """Its class names, in order; `config` is its config.json, or {}."""
+    def label_names(self, config: HubConfig | None) -> tuple[str, ...] | None:
+        """Its class names, in order; `config` is its config.json."""
         if self.labels == CONFIG_FILE:
-            return tuple(config.get("label_names", ())) or None
+            return config.label_names if config else None
         return label_names(self.labels)
 
     def cfg(self) -> dict:
@@ -86,7 +86,8 @@ class Checkpoint:
             cfg["hf_hub_id"] = self.source["repo"] + (f"@{revision}" if revision else "")
             cfg["hf_hub_filename"] = self.source["file"]
         else:
-            cfg |= saved_cfg(self.config())
+            config = self.config()
+            cfg |= config.data_cfg if config else {}
             if (self.folder / WEIGHTS_FILE).is_file():
                 cfg["file"] = str(self.folder / WEIGHTS_FILE)
         return cfg
@@ -118,18 +119,6 @@ def find_checkpoint(name: str) -> Checkpoint | None:
     return next((entry for entry in manifest().values() if entry.architecture == name), None)
 
 
-def saved_cfg(config: Mapping) -> dict:
-    """What a config.json says of the data that its weights take, for timm's PretrainedCfg."""
-    saved = config.get("pretrained_cfg", {})
-    return {key: _tuple(saved[key]) for key in _DATA if key in saved}
-
-
-def read_config(folder: Path) -> dict:
-    """The config.json of a folder in the Hub's layout; {} without one."""
-    path = Path(folder) / CONFIG_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
 def label_names(labels: str | None) -> tuple[str, ...] | None:
     """The class names of a data set in `LABELS`, as torchvision carries them; None for None."""
     return None if labels is None else tuple(LABELS[labels]())
@@ -148,7 +137,3 @@ def _imagenet1k() -> list[str]:
 
 
 LABELS = {"kinetics400": _kinetics400, "imagenet1k": _imagenet1k}
-
-
-def _tuple(value):
-    return tuple(value) if isinstance(value, list) else value

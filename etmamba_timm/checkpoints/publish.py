@@ -18,16 +18,12 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import safe_open
 
-from ..models import VARIANTS, EtMamba
 from .card import model_card
-from .manifest import CONFIG_FILE, WEIGHTS_FILE, read_config
-from .read import UNREADABLE, first_line
+from .config import CONFIG_FILE, WEIGHTS_FILE, HubConfig
+from .errors import CheckpointError, first_line
+from .read import read_checkpoint
 
 FIGURE_KEYS = ("dataset", "metric", "value", "whose")
-
-
-class FolderError(ValueError):
-    """A folder that isn't fit to be published."""
 
 
 class PublishError(RuntimeError):
@@ -68,7 +64,7 @@ class HubFolder:
             "source": {"repo": repo, "file": WEIGHTS_FILE},
             "sha256": self.sha256,
             "size": self.size,
-            "licence": licence_of(self.config),
+            "licence": card.get("licence") or self.config["pretrained_cfg"].get("license"),
             "num_frames": clip["num_frames"],
             "img_size": self.config["pretrained_cfg"]["input_size"][1],
             "num_classes": self.config["num_classes"],
@@ -88,34 +84,26 @@ def check_folder(path: str | Path, licence: str | None = None) -> HubFolder:
         licence: instead of the one that config.json states, e.g. 'Apache-2.0'.
 
     Raises:
-        FolderError: a file is missing or damaged, the architecture is unknown, weights don't fit or aren't finite,
-            label names or frames disagree with the model, a figure doesn't say whose it is, or there is no licence.
+        CheckpointError: as `read_checkpoint`; also a file that is missing, clips or a licence that aren't stated, or a
+            figure that doesn't say whose it is.
     """
     path = Path(path)
     missing = [name for name in (WEIGHTS_FILE, CONFIG_FILE) if not (path / name).is_file()]
     if missing:
-        raise FolderError(f"{path} has no {' and no '.join(missing)}; `etmamba convert` makes such a folder")
-    try:
-        config = read_config(path)
-        if licence:
-            config["card"] = config.get("card", {}) | {"licence": licence}
-        architecture = config["architecture"]
-        if architecture not in VARIANTS:
-            raise FolderError(f"its architecture {architecture!r} is unknown; choose one of {', '.join(VARIANTS)}")
-        model = timm.create_model(f"local-dir:{path}", pretrained=True)
-    except FolderError as error:
-        raise FolderError(f"{path}: {error}") from None
-    except UNREADABLE as error:
-        raise FolderError(f"{path} can't be loaded: {first_line(error)}") from error
-    dtypes, classes = Counter(), 0
+        raise CheckpointError(f"{path} has no {' and no '.join(missing)}; `etmamba convert` makes such a folder")
+    checkpoint = read_checkpoint(path)
+    model = timm.create_model(f"local-dir:{path}", pretrained=True)
+    assert checkpoint.config is not None  # the file is there
+    config = dict(checkpoint.config.raw)
+    if licence:
+        config["card"] = checkpoint.config.card | {"licence": licence}
+    if problems := _problems(checkpoint.config, licence):
+        raise CheckpointError(f"{checkpoint.config.path}: " + "; ".join(problems))
+    dtypes: Counter[str] = Counter()
     with safe_open(path / WEIGHTS_FILE, "pt") as file:
         for key in file.keys():  # noqa: SIM118
             stored = file.get_slice(key)
             dtypes[stored.get_dtype()] += math.prod(stored.get_shape())
-            classes = stored.get_shape()[0] if key == "head.weight" else classes
-    problems = _problems(config, model, classes)
-    if problems:
-        raise FolderError(f"{path}: " + "; ".join(problems))
     weights = (path / WEIGHTS_FILE).read_bytes()
     published = {WEIGHTS_FILE, CONFIG_FILE, "README.md"}
     return HubFolder(
@@ -129,29 +117,17 @@ def check_folder(path: str | Path, licence: str | None = None) -> HubFolder:
     )
 
 
-def _problems(config: Mapping, model: EtMamba, classes: int) -> list[str]:
-    """What config.json says that doesn't hold, for weights of so many classes."""
+def _problems(config: HubConfig, licence: str | None) -> list[str]:
+    """What a folder to be published lacks, beyond what every reader checks."""
     out = []
-    said = {config.get("num_classes"), model.num_classes} - {classes}
-    if said:
-        out.append(f"config.json says {said.pop()} classes, the weights have {classes}")
-    names, clip, card = config.get("label_names"), config.get("clip", {}), config.get("card", {})
-    if names and len(names) != model.num_classes:
-        out.append(f"there are {len(names)} label names for {model.num_classes} classes")
-    if clip.get("num_frames") != model.num_frames:
-        out.append(f"the block 'clip' says {clip.get('num_frames')} frames, the model is made for {model.num_frames}")
-    if not licence_of(config):
+    if config.clip is None:
+        out.append("there is no block 'clip'; it says how many frames the model takes, and how far apart")
+    if not (licence or config.licence):
         out.append("no licence is stated; give one (--licence Apache-2.0)")
-    for figure in card.get("figures", []):
-        lacking = [key for key in FIGURE_KEYS if figure.get(key) in (None, "")]
-        if lacking:
+    for figure in config.card.get("figures") or []:
+        if lacking := [key for key in FIGURE_KEYS if figure.get(key) in (None, "")]:
             out.append(f"a figure doesn't tell its {' and '.join(lacking)}: {figure}")
     return out
-
-
-def licence_of(config: Mapping) -> str | None:
-    """The licence that a config.json states."""
-    return config.get("card", {}).get("licence") or config["pretrained_cfg"].get("license")
 
 
 def publish(folder: HubFolder, repo: str, *, private: bool = False, revision: str | None = None) -> str:

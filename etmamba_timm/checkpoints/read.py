@@ -1,209 +1,254 @@
-"""Checkpoint files: read without running anything in them, recognised, and checked against a model."""
+"""The one reader of checkpoints: a file, a folder or a state dict becomes a `LoadedCheckpoint`."""
 
-import logging
-import pickle
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.models._helpers import _torch_load
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..models.variants import VARIANTS
-from .remap import checkpoint_filter_fn, from_videomamba
+from ..clip import Clip
+from ..models import VARIANTS, EtMamba
+from .config import WEIGHTS_FILE, HubConfig, read_config
+from .errors import CheckpointError, first_line
+from .remap import PATCH, find_weights
 
-_logger = logging.getLogger(__name__)
-
-# What reading a file of any content may raise.
-UNREADABLE = (
-    *(OSError, EOFError, LookupError, AttributeError, TypeError, ValueError, RuntimeError),
-    *(pickle.UnpicklingError, SafetensorError),
-)
+BINARY_FILE = "pytorch_model.bin"  # timm's other name for the weights of a Hub folder
+POSITIONS, TIMES, HEAD = "pos_embed", "temporal_pos_embedding", "head.weight"
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that can't be read, or isn't one of the model that it is loaded into."""
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A checkpoint that was read and found whole, finite and one of this package's models.
+
+    Attributes:
+        source: where it came from, for messages.
+        tensors: the state dict, by the names of this package.
+        converted: names of those that had another name or form in the file.
+        unused: names in the file that aren't the model's weights.
+        variant: the registered name that fits best.
+        architecture: the constructor arguments stem, block, embed_dim, depth, patch_size, in_chans, d_state, expand and
+            d_conv.
+        num_classes: of its classifier; 0 for none.
+        clip: its frames (1 for an image model), and how far apart they are.
+        grid: patches of its pictures (height, width); None where that isn't known.
+        folded: whether its blocks are in their inference form.
+        label_names: names of the classes; () if unknown.
+        config: the config.json beside it; None without one.
+    """
+
+    source: str
+    tensors: dict[str, Tensor]
+    converted: frozenset[str]
+    unused: tuple[str, ...]
+    variant: str
+    architecture: dict
+    num_classes: int
+    clip: Clip
+    grid: tuple[int, int] | None
+    folded: bool
+    label_names: tuple[str, ...]
+    config: HubConfig | None
+
+    @property
+    def positions(self) -> int:
+        """Patches of a frame."""
+        return self.tensors[POSITIONS].shape[1] - 1
+
+    @property
+    def name(self) -> str:
+        """The variant, and the arguments in which the checkpoint differs from it."""
+        return variant_of(self.architecture)
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or a .pth, under our names and without what wraps them. No code is run.
+def read_checkpoint(source: "str | Path | Mapping | LoadedCheckpoint") -> LoadedCheckpoint:
+    """Reads a checkpoint. No code in the file is run.
+
+    Args:
+        source: a safetensors file or one of `torch.save`, from this package or VideoMamba, with whatever wraps the
+            weights; a folder in the Hub's layout; or a state dict. The config.json beside model.safetensors is heeded.
 
     Raises:
-        FileNotFoundError: no such file.
-        CheckpointError: a damaged file, one with more in it than weights, or with other things than named tensors.
+        FileNotFoundError: no such file, or a folder without weights.
+        CheckpointError: it is damaged, holds code, no model of this package or more than one, lacks weights or has some
+            that aren't finite, or its config.json is damaged or says something else than its weights.
     """
-    raw = read_raw(path)
-    try:
-        state_dict = from_videomamba(raw)
-    except UNREADABLE as error:
-        raise _damaged(path, error) from error
-    _check_tensors(state_dict, path)
-    return state_dict
-
-
-def read_raw(path: str | Path) -> Mapping:
-    """What stands in the file, with all that wraps the weights. Raises as `read_checkpoint`, but for other things."""
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    try:
-        return load_file(path) if is_safetensors(path) else _load_pickle(path)
-    except UNREADABLE as error:
-        raise _damaged(path, error) from error
-
-
-def check_readable(path: str | Path) -> None:
-    """Raises what `read_checkpoint` raises; of a safetensors file it reads no more than the header."""
-    if not (Path(path).exists() and is_safetensors(path)):
-        read_checkpoint(path)
-        return
-    try:
-        with safe_open(path, "pt") as file:
-            file.keys()
-    except UNREADABLE as error:
-        raise _damaged(path, error) from error
-
-
-def is_safetensors(path: str | Path) -> bool:
-    """Whether a file's name says that it is one of safetensors, which can hold nothing but tensors."""
-    return str(path).endswith(".safetensors")
-
-
-def _load_pickle(path: str | Path) -> Mapping:
-    """What `torch.save` wrote, weights only; mapped rather than read where the format allows."""
-    try:
-        return _torch_load(str(path), mmap=True)
-    except RuntimeError:  # an old file, that can't be mapped, or one that can't be read at all
-        return _torch_load(str(path))
+    if isinstance(source, LoadedCheckpoint):
+        return source
+    if isinstance(source, Mapping):
+        return _describe(source, "the state dict", None)
+    path = _weights_file(Path(source))
+    beside = path.name in (WEIGHTS_FILE, BINARY_FILE)
+    config = read_config(path.parent) if beside else None
+    return _describe(_load(path), str(path), config)
 
 
 def architecture_of(state_dict: Mapping[str, Tensor]) -> dict:
-    """Constructor arguments of the model that a state dict (under our names) is of.
+    """The constructor arguments that a state dict of this package's names tells: see `LoadedCheckpoint.architecture`.
 
     Raises:
-        CheckpointError: it's the state dict of none.
+        CheckpointError: it isn't the state dict of such a model.
     """
     blocks = {key.split(".")[1] for key in state_dict if key.startswith("blocks.")}
     try:
-        patch = state_dict["patch_embed.proj.weight"]
-        A_log = state_dict["blocks.0.mixer.A_log"]
-        dim = patch.shape[0]
-        both = "blocks.0.mixer.A_b_log" in state_dict
+        patch, A_log = state_dict[PATCH], state_dict["blocks.0.mixer.A_log"]
+        dim, inner = patch.shape[0], A_log.shape[0]
+        two_ssms = "blocks.0.mixer.A_b_log" in state_dict
         conv = state_dict.get("blocks.0.mixer.conv1d.weight")
         return {
             "stem": "stfp" if any(key.startswith("stem.") for key in state_dict) else "none",
-            "block": "bimamba" if both else "stcm" if "blocks.0.fusion.weight" in state_dict else "ebs",
+            "block": "bimamba" if two_ssms else "stcm" if "blocks.0.fusion.weight" in state_dict else "ebs",
             "embed_dim": dim,
             "depth": len(blocks),
             "patch_size": patch.shape[-1],
             "in_chans": patch.shape[1],
             "d_state": A_log.shape[1],
-            "expand": A_log.shape[0] // dim if both else 2 * A_log.shape[0] // dim,
+            "expand": inner // dim if two_ssms else 2 * inner // dim,
             "d_conv": 0 if conv is None else conv.shape[-1],
         }
-    except (KeyError, IndexError) as error:
+    except (KeyError, IndexError, ZeroDivisionError) as error:
+        names = ", ".join(sorted(state_dict)[:3]) or "none"
         raise CheckpointError(
-            f"no weights of a model of this package: {len(state_dict)} tensors, such as "
-            f"{', '.join(sorted(state_dict)[:3]) or 'none'}"
+            f"these are no weights of a model of this package, which has {PATCH} and blocks.0.mixer.A_log: "
+            f"{len(state_dict)} tensors, such as {names}"
         ) from error
 
 
-def nearest_variant(arguments: Mapping) -> tuple[str, dict]:
-    """The name in `VARIANTS` for these constructor arguments, and those of them in which that variant differs."""
+def nearest_variant(architecture: Mapping) -> tuple[str, dict]:
+    """The name in `VARIANTS` for an architecture, and the arguments of it in which that variant differs."""
 
     def matches(name: str) -> tuple[bool, ...]:
-        return tuple(_agrees(arguments, key, VARIANTS[name][key]) for key in ("block", "stem", "embed_dim", "depth"))
+        return tuple(agrees(architecture, key, VARIANTS[name][key]) for key in ("block", "stem", "embed_dim", "depth"))
 
     name = max(VARIANTS, key=matches)
-    return name, {k: arguments[k] for k, v in VARIANTS[name].items() if not _agrees(arguments, k, v)}
+    return name, {k: architecture[k] for k, v in VARIANTS[name].items() if not agrees(architecture, k, v)}
 
 
-def _agrees(arguments: Mapping, key: str, value) -> bool:
-    return arguments[key] == value or (key == "stem" and arguments["in_chans"] == 1)  # one channel has no stem
-
-
-def variant_of(arguments: Mapping) -> str:
-    """What a model of these constructor arguments is called, with those that differ from the variant's."""
-    name, differing = nearest_variant(arguments)
+def variant_of(architecture: Mapping) -> str:
+    """'etmamba_ti embed_dim=96': the nearest variant, and what differs from it."""
+    name, differing = nearest_variant(architecture)
     return " ".join([name, *(f"{key}={value!r}" for key, value in differing.items())])
 
 
-def fit_checkpoint(state_dict: Mapping, model: nn.Module) -> dict[str, Tensor]:
-    """`checkpoint_filter_fn`, with a check that all weights are there, finite, and of this model; the timm hook.
+def agrees(architecture: Mapping, key: str, value: object) -> bool:
+    """Whether an architecture has this value; any stem agrees with a single channel, which has none."""
+    return architecture[key] == value or (key == "stem" and architecture["in_chans"] == 1)
 
-    The classifier may be another: timm then leaves the model's own, which is logged.
 
-    Raises:
-        CheckpointError: weights of another variant, missing or too many ones, not finite ones, other classes.
-    """
-    state_dict = from_videomamba(state_dict)
-    _check_tensors(state_dict, "the checkpoint")
-    came, wanted = architecture_of(state_dict), architecture_of(model.state_dict())
-    ignored = {"in_chans"} | ({"stem"} if 1 in (came["in_chans"], wanted["in_chans"]) else set())
-    differing = [key for key in wanted if came[key] != wanted[key] and key not in ignored]
-    if differing:
-        words = ", ".join(f"{key} is {came[key]}, not {wanted[key]}" for key in differing)
-        remedy = "create that model"
-        if came["block"] == "bimamba" and wanted["block"] == "stcm":
-            remedy += ", or name a tag that starts from it (etmamba_m.videomamba_in1k)"
+def _weights_file(path: Path) -> Path:
+    if not path.is_dir():
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such checkpoint")
+        return path
+    found = next((path / name for name in (WEIGHTS_FILE, BINARY_FILE) if (path / name).is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"{path} holds no {WEIGHTS_FILE}; name a file, or a folder that `etmamba convert` made")
+    return found
+
+
+def _load(path: Path) -> object:
+    """The raw contents of a file, wrappers included."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        try:
+            return _torch_load(str(path), mmap=True)
+        except RuntimeError:  # an old file that can't be mapped, or one that can't be read at all
+            return _torch_load(str(path))
+    except Exception as error:  # a damaged file may raise anything
         raise CheckpointError(
-            f"the checkpoint looks like {variant_of(came)}, not like {variant_of(wanted)} ({words}): {remedy}"
-        )
-    out = checkpoint_filter_fn(state_dict, model)
-    check_complete(out, model)
-    _fit_classes(out, model)
-    return out
+            f"{path} can't be read as a checkpoint: it is damaged, no file of weights, or holds more than them "
+            f"({first_line(error)}); fetch it again, or save the weights alone where it was made: "
+            "torch.save(model.state_dict(), path)"
+        ) from error
 
 
-def check_complete(state_dict: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Raises CheckpointError unless the weights, the classifier's aside, are the model's own by name and shape."""
-    own = {key: value.shape for key, value in model.state_dict().items() if not key.startswith("head.")}
-    came = {key: value.shape for key, value in state_dict.items() if not key.startswith("head.")}
-    for problem, keys in (
-        ("lacks", sorted(own.keys() - came.keys())),
-        ("has more than the model:", sorted(came.keys() - own.keys())),
-        ("has other shapes:", sorted(key for key in own.keys() & came.keys() if own[key] != came[key])),
-    ):
-        if keys:
-            more = f" and {len(keys) - 3} others" if len(keys) > 3 else ""
-            raise CheckpointError(f"the checkpoint {problem} {', '.join(keys[:3])}{more}")
-    broken = [key for key, value in state_dict.items() if value.is_floating_point() and not value.isfinite().all()]
-    if broken:
+def _describe(raw: object, source: str, config: HubConfig | None) -> LoadedCheckpoint:
+    found = find_weights(raw, source)
+    weights = found.tensors
+    try:
+        architecture = architecture_of(weights)
+        head, times = weights.get(HEAD), weights.get(TIMES)
+        num_classes, num_frames = 0 if head is None else len(head), 1 if times is None else times.shape[1]
+        folded = architecture["block"] != "bimamba" and "blocks.0.mixer.pw.weight" not in weights
+        _check_complete(weights, architecture, num_classes, num_frames, folded)
+    except (LookupError, TypeError, ValueError) as error:  # of shapes that no model has
+        raise CheckpointError(f"{source}: {error}") from error
+    if broken := [key for key, value in weights.items() if not value.isfinite().all()]:
         raise CheckpointError(
-            f"the checkpoint isn't finite: {len(broken)} weights hold NaN or infinity, the first is {broken[0]}; "
-            "its training went wrong, take an earlier one"
+            f"{source} isn't finite: {len(broken)} weights hold NaN or infinity, the first is {broken[0]}; its "
+            "training went wrong, take an earlier one"
         )
-
-
-def _fit_classes(state_dict: dict[str, Tensor], model: nn.Module) -> None:
-    """Sees to it that timm, which goes by the cfg's number of classes, loads the classifier if it fits."""
-    head = state_dict.get("head.weight")
-    came, wanted = 0 if head is None else len(head), model.num_classes
-    cfg = model.pretrained_cfg  # the very dict that timm's loader goes by
-    if came == wanted:
-        cfg["num_classes"] = came
-    elif cfg["num_classes"] == wanted:
-        raise CheckpointError(
-            f"the checkpoint has {came or 'no'} classes, not {wanted}: say so with "
-            f"pretrained_cfg_overlay=dict(num_classes={came}), and num_classes={wanted} for a fresh classifier"
-        )
-    elif wanted:
-        _logger.warning("the classifier is fresh: the checkpoint has %d classes, the model %d", came, wanted)
-
-
-def _check_tensors(state_dict: Mapping, path: str | Path) -> None:
-    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state_dict.items()):
-        raise CheckpointError(f"{path} is no checkpoint: it holds other things than named tensors")
-
-
-def _damaged(path: str | Path, error: Exception) -> CheckpointError:
-    reason = "it is damaged, no file of weights, or holds more than them"
-    return CheckpointError(
-        f"{path} can't be read as a checkpoint: {reason} ({first_line(error)}); fetch it again, or save the weights "
-        "alone where it was made: torch.save(model.state_dict(), path)"
+    clip, grid = Clip(num_frames), None
+    variant = nearest_variant(architecture)[0]
+    if config is not None:
+        facts = architecture | {"folded": folded, "num_frames": num_frames, "num_classes": num_classes}
+        _check_config(config, facts)
+        variant = config.architecture
+        clip = config.clip or clip
+        positions, patch = weights[POSITIONS].shape[1] - 1, architecture["patch_size"]
+        size = config.model_args.get("img_size") or config.data_cfg.get("input_size", (0, 0, 0))[1:]
+        height, width = (size, size) if isinstance(size, int) else size
+        if (height // patch) * (width // patch) == positions:
+            grid = (height // patch, width // patch)
+    return LoadedCheckpoint(
+        source,
+        weights,
+        found.converted,
+        found.unused,
+        variant,
+        architecture,
+        num_classes,
+        clip,
+        grid,
+        folded,
+        config.label_names if config else (),
+        config,
     )
 
 
-def first_line(error: Exception) -> str:
-    """The kind of an error and the first line of what it says."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+def _check_complete(
+    weights: Mapping[str, Tensor], architecture: dict, num_classes: int, num_frames: int, folded: bool
+) -> None:
+    """Raises CheckpointError unless the weights are, by name and shape, those of a model of these arguments."""
+    patch, positions = architecture["patch_size"], weights[POSITIONS].shape[1] - 1
+    if positions < 1 or weights[PATCH].ndim != 5:
+        raise CheckpointError(f"{POSITIONS} {tuple(weights[POSITIONS].shape)}, {PATCH} {tuple(weights[PATCH].shape)}")
+    size = (patch, positions * patch)  # any grid of so many patches has the same shapes
+    model = EtMamba(size, num_frames, num_classes=num_classes, folded=folded, device="meta", **architecture)
+    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    came = {key: tuple(value.shape) for key, value in weights.items()}
+    if TIMES not in came:
+        del wanted[TIMES]  # an image model
+    for problem, keys in (
+        ("lacks", sorted(wanted.keys() - came.keys())),
+        (f"has more than {variant_of(architecture)}:", sorted(came.keys() - wanted.keys())),
+        (
+            "has other shapes:",
+            sorted(f"{k} {came[k]}, not {wanted[k]}" for k in wanted.keys() & came.keys() if wanted[k] != came[k]),
+        ),
+    ):
+        if keys:
+            more = f" and {len(keys) - 3} others" if len(keys) > 3 else ""
+            adapters = any("lora_" in key for key in came)
+            remedy = "; merge the LoRA adapters first, model.merge_and_unload(), and save that" if adapters else ""
+            raise CheckpointError(f"the checkpoint {problem} {', '.join(keys[:3])}{more}{remedy}")
+
+
+def _check_config(config: HubConfig, facts: dict[str, Any]) -> None:
+    """Raises CheckpointError if config.json says something else than the weights."""
+    for key, value in (VARIANTS[config.architecture] | config.model_args).items():
+        if key not in facts or (key in VARIANTS[config.architecture] and agrees(facts, key, value)):
+            continue
+        if facts[key] != value:
+            said = f"model_args.{key}" if key in config.model_args else f"architecture {config.architecture!r}, {key}"
+            raise CheckpointError(f"{config.path}: {said} is {value!r}, but the weights have {facts[key]!r}")
+    for said, what, there in (
+        (config.num_classes, "classes", facts["num_classes"]),
+        (len(config.label_names) or facts["num_classes"], "label names", facts["num_classes"]),
+        (config.clip.num_frames if config.clip else facts["num_frames"], "frames", facts["num_frames"]),
+    ):
+        if said != there:
+            raise CheckpointError(f"{config.path} says {said} {what}, but the weights have {there}")

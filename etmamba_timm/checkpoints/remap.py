@@ -1,146 +1,156 @@
-"""State dicts of other origins and shapes -> ours: pure functions, used when weights load."""
+"""Finding a model's weights in what a file holds, and naming them as this package does."""
 
-import logging
-import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..layers import fold_weights, resample_spatial, resample_temporal
+from .errors import CheckpointError
 
-_logger = logging.getLogger(__name__)
+PATCH = "patch_embed.proj.weight"  # every model here has it: what stands before it is a prefix
+# The top-level names of a model's state dict; VideoMamba's own names for two of them.
+PARTS = ("stem", "patch_embed", "cls_token", "pos_embed", "temporal_pos_embedding", "blocks", "norm", "head")
+VIDEOMAMBA = {"layers": "blocks", "norm_f": "norm"}
+# Put into names by torch.compile, FSDP and activation checkpointing, wherever they wrap a module.
+_WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_AVERAGED = re.compile(r"(?:^|[._])(?:ema|swa|avg|averaged?)(?:[._]|$)", re.IGNORECASE)
+MOST_NAMED = 3
 
-# What is around a state dict, in training checkpoints and by DistributedDataParallel and torch.compile: averages first.
-WRAPPERS = (
-    *("state_dict_ema", "model_ema", "model", "module", "model_state", "model_state_dict", "state_dict", "_orig_mod"),
-)
-COUNTER = "n_averaged"  # which torch.optim.swa_utils.AveragedModel keeps beside its module
 
+@dataclass(frozen=True)
+class FoundWeights:
+    """A model's weights within a file.
 
-def from_videomamba(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """VideoMamba's names -> ours; a state dict that has ours already comes back as it is.
-
-    `layers.` becomes `blocks.` and `norm_f.` becomes `norm.`; all else is called the same. A dict around the state
-    dict, or its name before every key, is taken off (see `WRAPPERS`). A 2-D patch weight [D, C, p, p] becomes
-    [D, C, 1, p, p].
+    Attributes:
+        tensors: by the names of this package.
+        converted: names of those that had another name in the file, or a patch weight that was inflated.
+        unused: names of everything else in the file.
     """
-    out = {our_name(key): value for key, value in unwrap(state_dict).items()}
-    weight = out.get("patch_embed.proj.weight")
-    if weight is not None and weight.ndim == 4:
-        out["patch_embed.proj.weight"] = weight.unsqueeze(2)
-    return out
+
+    tensors: dict[str, Tensor]
+    converted: frozenset[str]
+    unused: tuple[str, ...]
 
 
-def our_name(key: str) -> str:
-    """What a tensor of VideoMamba is called here; our own names stay."""
-    for theirs, ours in (("layers.", "blocks."), ("norm_f.", "norm.")):
-        if key.startswith(theirs):
-            return ours + key.removeprefix(theirs)
-    return key
+@dataclass(frozen=True)
+class _Place:
+    """Where a model may be: in the mapping `inside`, at `path` of the file, all names behind `prefix`."""
+
+    path: tuple[str, ...]
+    inside: Mapping
+    prefix: str
+
+    @property
+    def name(self) -> str:
+        return ".".join([*self.path, self.prefix])
+
+    @property
+    def is_averaged(self) -> bool:
+        return _AVERAGED.search(self.name) is not None
+
+    @property
+    def is_ours(self) -> bool:
+        blocks = ("blocks", "layers")
+        return any(_plain(key).startswith(f"{self.prefix}{b}.0.mixer.A_log") for b in blocks for key in self.inside)
+
+    def tensors(self) -> list[Any]:
+        return [value for key, value in self.inside.items() if _plain(key).startswith(self.prefix)]
 
 
-def unwrap(state_dict: Mapping) -> Mapping[str, Tensor]:
-    """Takes off what wraps a state dict: a dict with one of `WRAPPERS` as key, or one of them before every key."""
-    if COUNTER in state_dict:
-        state_dict = {key: value for key, value in state_dict.items() if key != COUNTER}
-    for name in WRAPPERS:
-        inner = state_dict.get(name)
-        if isinstance(inner, Mapping):
-            return unwrap(inner)
-        if state_dict and all(key.startswith(name + ".") for key in state_dict):
-            return unwrap({key.removeprefix(name + "."): value for key, value in state_dict.items()})
-    return state_dict
+def find_weights(raw: object, source: str) -> FoundWeights:
+    """The weights of a model in `raw`, whatever wraps them: dicts in dicts, prefixes of Lightning, DDP, compile.
 
-
-def adapt_in_chans(weight: Tensor, in_chans: int) -> Tensor:
-    """Patch weight [D, C, 1, p, p] for another number of channels, by timm's rule.
-
-    The sum over channels for one; else the channels repeated in turn and rescaled by C / in_chans.
-    """
-    channels = weight.shape[1]
-    if in_chans == channels:
-        return weight
-    if in_chans == 1:
-        return weight.sum(1, keepdim=True)
-    return weight[:, torch.arange(in_chans) % channels] * (channels / in_chans)
-
-
-def adapt_stem(weight: Tensor, channels: int) -> Tensor:
-    """A tensor of STFP for another number of channels: the channels repeated in turn, the sums over them rescaled.
-
-    With channels that repeat in turn a whole number of times, the stem gives what it gave, repeated.
+    The model is where a name ends in `PATCH`; what stands before it is the prefix. Averaged weights (`ema`) go before
+    others. VideoMamba's `layers.` becomes `blocks.`, `norm_f.` becomes `norm.`, and a 2-D patch weight [D, C, p, p]
+    becomes [D, C, 1, p, p].
 
     Args:
-        weight: depthwise [C, 1, 3, 3, 3], pointwise [C, C, 1, 1, 1], or a bias or norm [C].
-        channels: 2 or more.
-    """
-    old = weight.shape[0]
-    index = torch.arange(channels) % old
-    weight = weight[index]
-    if weight.ndim > 1 and weight.shape[1] == old > 1:
-        weight = weight[:, index] * (old / channels)
-    return weight
-
-
-def checkpoint_filter_fn(state_dict: Mapping, model) -> dict[str, Tensor]:
-    """timm's hook between a checkpoint and `load_state_dict`: names, channels and positions made to fit `model`.
-
-    The checkpoint's position grid is what its config.json says (`img_size`), else the model's own where the number
-    of positions is the same, else a square. An image checkpoint has no temporal embedding; the model's own stays, as
-    VideoMamba does. Patch weights and stem are adapted to other channels; the model's own stem stays, which is logged,
-    where the checkpoint has none for its single channel, and there is none in a model of a single channel.
-
-    A folded model folds a checkpoint that isn't.
+        raw: what the file holds.
+        source: the file, for messages.
 
     Raises:
-        ValueError: positions of a grid that is neither known nor square; a folded checkpoint for an unfolded model.
+        CheckpointError: there is no such model, more than one, or something that isn't a tensor among its weights.
     """
-    out = from_videomamba(state_dict)
-    own = model.state_dict()
-    unfolded = "blocks.0.mixer.pw.weight"
-    if model.folded:
-        out = fold_weights(out)
-    elif unfolded in own and "blocks.0.mixer.in_proj.bias" in out and unfolded not in out:
-        raise ValueError("the checkpoint is of a folded model; create the model with folded=True")
-    key = "patch_embed.proj.weight"
-    if key in out:
-        source_chans = out[key].shape[1]
-        out[key] = adapt_in_chans(out[key], model.in_chans)
-        if source_chans != model.in_chans:
-            stem = {k: v for k, v in out.items() if k.startswith("stem.")}
-            out = {k: v for k, v in out.items() if k not in stem}
-            fresh = {k: v for k, v in own.items() if k.startswith("stem.")}
-            if fresh and not stem:
-                _logger.warning("the stem is fresh: the checkpoint has none, for its %d channel(s)", source_chans)
-            out.update({k: adapt_stem(stem[k], model.in_chans) if k in stem else v for k, v in fresh.items()})
-    if "pos_embed" in out:
-        grid = _source_grid(out["pos_embed"].shape[1] - 1, model)
-        out["pos_embed"] = resample_spatial(out["pos_embed"], grid, model.grid_size)
-    if "temporal_pos_embedding" in out:
-        out["temporal_pos_embedding"] = resample_temporal(out["temporal_pos_embedding"], model.num_frames)
-    else:
-        out["temporal_pos_embedding"] = own["temporal_pos_embedding"]
-    return out
-
-
-def _source_grid(positions: int, model) -> tuple[int, int]:
-    """The (height, width) in patches that a checkpoint with so many positions was made for."""
-    size = getattr(model, "pretrained_model_args", {}).get("img_size")  # timm's, from config.json
-    if size is not None:
-        height, width = (size, size) if isinstance(size, int) else size
-        grid = (height // model.patch_size, width // model.patch_size)
-        if grid[0] * grid[1] == positions:
-            return grid
-    side = math.isqrt(positions)
-    own = model.grid_size[0] * model.grid_size[1] == positions
-    if own and model.grid_size != (side, side) and side * side == positions:
-        _logger.warning("the checkpoint's %d positions are taken as a grid of %d×%d", positions, *model.grid_size)
-    if own:
-        return model.grid_size
-    if side * side != positions:
-        raise ValueError(
-            f"the checkpoint has {positions} positions, no square, and doesn't tell its picture's size: create the "
-            "model with the img_size it was trained at, load, and then call set_input_size"
+    places = list(_places(raw))
+    places = [place for place in places if place.is_ours] or places
+    places = [place for place in places if place.is_averaged] or places
+    distinct: list[_Place] = []
+    for place in places:  # the same tensors twice are one model
+        if not any(_same(place.tensors(), other.tensors()) for other in distinct):
+            distinct.append(place)
+    if not distinct:
+        raise CheckpointError(
+            f"{source} is no checkpoint of this package: no tensor's name ends in {PATCH!r}, by which a model is "
+            f"found; it holds {_holdings(raw)}"
         )
-    return side, side
+    if len(distinct) > 1:
+        names = ", ".join(repr(place.name) for place in distinct)
+        raise CheckpointError(f"{source} holds several models, at {names}; save the one that is wanted alone")
+    return _extract(distinct[0], raw, source)
+
+
+def _places(raw: object, path: tuple[str, ...] = ()) -> Iterator[_Place]:
+    if not isinstance(raw, Mapping) or len(path) > 8:
+        return
+    for key, value in raw.items():
+        if not isinstance(key, str):
+            continue
+        name = _plain(key)
+        if isinstance(value, Tensor) and (name == PATCH or name.endswith("." + PATCH)):
+            yield _Place(path, raw, name.removesuffix(PATCH))
+        elif "optim" not in key.lower():
+            yield from _places(value, (*path, key))
+
+
+def _extract(place: _Place, raw: object, source: str) -> FoundWeights:
+    tensors: dict[str, Tensor] = {}
+    converted, unused = set(), []
+    for key, value in place.inside.items():
+        name = _plain(key).removeprefix(place.prefix)
+        top, dot, rest = name.partition(".")
+        ours = VIDEOMAMBA.get(top, top) + dot + rest
+        if not (_plain(key).startswith(place.prefix) and ours.partition(".")[0] in PARTS):
+            unused.append(".".join([*place.path, str(key)]))
+            continue
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{source} is no checkpoint: {key} is a {type(value).__name__}, not a tensor")
+        if ours in tensors:
+            raise CheckpointError(f"{source} is no checkpoint: it holds {ours} twice")
+        if ours == PATCH and value.ndim == 4:
+            value = value.unsqueeze(2)
+            converted.add(ours)
+        tensors[ours] = value
+        if ours != name:
+            converted.add(ours)
+    return FoundWeights(tensors, frozenset(converted), (*_beside(raw, place.path), *unused))
+
+
+def _beside(raw: Any, path: tuple[str, ...]) -> Iterator[str]:
+    """Names of what lies beside `path`, from the file's top down."""
+    for depth, step in enumerate(path):
+        yield from (".".join([*path[:depth], str(key)]) for key in raw if key != step)
+        raw = raw[step]
+
+
+def _plain(key: object) -> str:
+    return _WRAPPERS.sub("", key) if isinstance(key, str) else ""
+
+
+def _same(a: list[Any], b: list[Any]) -> bool:
+    return len(a) == len(b) and all(x is y or (_address(x) == _address(y) != 0) for x, y in zip(a, b, strict=True))
+
+
+def _address(value: object) -> int:
+    return value.data_ptr() if isinstance(value, Tensor) else 0
+
+
+def _holdings(raw: object) -> str:
+    if not isinstance(raw, Mapping):
+        return f"a {type(raw).__name__}"
+    names = [str(key) for key in raw]
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    adapters = any("lora_" in name for name in names)
+    remedy = " (LoRA adapters alone: merge them first, model.merge_and_unload(), and save that)" if adapters else ""
+    return f"{len(names)} entries, such as {', '.join(names[:MOST_NAMED])}{more}{remedy}" if names else "nothing"

@@ -10,21 +10,23 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 from timm.models._hub import save_config_for_hf
-from torch import Tensor, nn
+from torch import Tensor
 
-from .manifest import CONFIG_FILE, WEIGHTS_FILE
+from ..clip import Clip, Stride
+from ..models import EtMamba
+from .config import CONFIG_FILE, WEIGHTS_FILE
 
 # Few, and used in float32 in any model: halving them would cost accuracy and save nothing.
 KEPT_IN_FLOAT32 = ("A_log", "A_b_log", "D", "D_b", "dt_proj.bias", "dt_proj_b.bias")
 
 
 def save_checkpoint(
-    model: nn.Module,
+    model: EtMamba,
     folder: str | Path,
     *,
     dtype: torch.dtype | None = None,
     label_names: Sequence[str] | None = None,
-    clip: Mapping | None = None,
+    stride: Stride = None,
     card: Mapping | None = None,
     readme: Callable[[dict], str] | None = None,
 ) -> None:
@@ -36,8 +38,7 @@ def save_checkpoint(
         dtype: of the weights in the file, but for those that the scan uses in float32; None for their own. In float32
             they come back bit by bit.
         label_names: the classes' names, in order; None for those of the model's `pretrained_cfg`.
-        clip: settings of the clips, {"stride"}: frames from one to the next, None for spread over the whole video;
-            None for the model's `clip_cfg`.
+        stride: of its clips: frames from one to the next, or 'spread' over the whole video; None for the model's own.
         card: what a model card needs, {"licence", "source", "recipe", "figures", "notes"}, all optional.
         readme: the text of README.md for what config.json holds; None for no such file.
 
@@ -51,8 +52,10 @@ def save_checkpoint(
     names = list(label_names or model.pretrained_cfg.get("label_names") or ())
     if names and len(names) != model.num_classes:
         raise ValueError(f"there are {len(names)} label names for {model.num_classes} classes; give one for each")
-    clip = dict(getattr(model, "clip_cfg", {}) if clip is None else clip) | {"num_frames": model.num_frames}
-    blocks = {"clip": clip} | ({"label_names": names} if names else {}) | ({"card": dict(card)} if card else {})
+    clip = Clip(model.num_frames, model.stride if stride is None else stride)
+    blocks: dict = (
+        {"clip": clip.to_config()} | ({"label_names": names} if names else {}) | ({"card": dict(card)} if card else {})
+    )
     tensors = stored_tensors(model.state_dict(), dtype)
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))

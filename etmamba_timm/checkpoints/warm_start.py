@@ -8,7 +8,7 @@ pair in that pair's direction; in the other one its rows of `in_proj` start at 0
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from copy import deepcopy
 
 import torch
@@ -17,16 +17,16 @@ from torch import Tensor, nn
 
 from ..layers import BiMamba, Ebs
 from ..layers.ssm import conv_silu, ssm
-from ..models.etmamba import EtMamba
-from ..models.variants import SIZES
+from ..models import EtMamba
 from ..ops import selective_scan
-from .remap import adapt_in_chans, checkpoint_filter_fn, from_videomamba
+from .errors import CheckpointError
+from .fit import fit
+from .read import TIMES, LoadedCheckpoint, architecture_of
 
 _logger = logging.getLogger(__name__)
 
 STEM_SCALE = 0.05  # of STFP's last norm: nearly silent, yet not 0, where its ReLU would never train
 RIDGE = 0.1  # how strongly a refitted projection is held to VideoMamba's, in mean squares of its inputs
-PATCH = "patch_embed.proj.weight"
 # EBS's parameters with a row for each channel <- those of VideoMamba's forward and backward direction.
 PAIRED = {
     "conv1d.weight": ("conv1d.weight", "conv1d_b.weight"),
@@ -39,7 +39,7 @@ PAIRED = {
 
 
 @torch.no_grad()
-def warm_start(source: Mapping[str, Tensor], model: EtMamba, clips: Tensor | None = None) -> dict[str, Tensor]:
+def warm_start(source: LoadedCheckpoint, model: EtMamba, clips: Tensor | None = None) -> dict[str, Tensor]:
     """The state dict that `model` starts from: VideoMamba's weights wherever they have a place in it.
 
     The block 'bimamba' takes them as they are, 'ebs' and 'stcm' a pruned mixer (`prune`). The local branch of 'stcm'
@@ -48,24 +48,22 @@ def warm_start(source: Mapping[str, Tensor], model: EtMamba, clips: Tensor | Non
     logged. The whole map, with reasons, is in `weights/README.md`.
 
     Args:
-        source: VideoMamba's state dict, in our names or upstream's; an image model's has no temporal embedding. With
-            a stem (ablation row b) its stem is taken too.
+        source: VideoMamba's checkpoint, of videos or of images. With a stem (ablation row b) its stem is taken too.
         model: of the same embed_dim, depth, patch_size, d_state, expand and d_conv. It is left as it is.
         clips: normalised clips [B, C, T, H, W] on which channels are weighed and projections refitted; a few of the
             data to come serve best. `noise_clips` by default.
 
     Raises:
-        ValueError: a source of another width or depth, with tensors missing, of other shapes or unknown.
+        CheckpointError: a source that is no VideoMamba, or of another width, depth, patch or SSM.
     """
     own = model.state_dict()
-    given = {k: v.to(torch.promote_types(v.dtype, torch.float32)) for k, v in from_videomamba(source).items()}
-    video = _videomamba(given, model)
+    video = _videomamba(source, model)
     weights = video.state_dict()
-    mapped = {k: v for k, v in (given | weights).items() if k in given and k in own and v.shape == own[k].shape}
+    mapped = {k: v for k, v in weights.items() if k in source.tensors and k in own and v.shape == own[k].shape}
     if not isinstance(model.blocks[0].mixer, BiMamba):
         mapped["norm.bias"] = torch.zeros_like(weights["norm.weight"])
         clips = noise_clips(model) if clips is None else clips
-        x, grid = video._embed(clips.to(weights[PATCH]))
+        x, grid = video._embed(clips.to(weights["patch_embed.proj.weight"]))
         for i, (old, new) in enumerate(zip(video.blocks, model.blocks, strict=True)):
             centred = F.layer_norm(x, x.shape[-1:], old.norm.weight)
             mixer = prune(old.mixer, deepcopy(new.mixer).to(x), old.norm(x), centred)
@@ -162,49 +160,32 @@ def _refit(mixer: nn.Module, layer: nn.Linear, x: Tensor, wanted: Tensor) -> Non
     layer.weight += torch.linalg.solve(gram, inputs.T @ missed).T.to(layer.weight)
 
 
-def _videomamba(given: dict[str, Tensor], model: EtMamba) -> EtMamba:
-    """The source as a model for the clips of `model`; all of it is checked on the way."""
-    chans = given[PATCH].shape[1] if PATCH in given else 0
-    with_stem = chans == model.in_chans and any(k.startswith("stem.") for k in given)
-    depth = len({k.split(".")[1] for k in given if k.startswith("blocks.")})
-    size = {"embed_dim": len(given.get(PATCH, [])), "depth": depth}
-    wanted = {"embed_dim": model.embed_dim, "depth": len(model.blocks)}
-    if all(size.values()) and size != wanted:
-        raise ValueError(f"the checkpoint has {_named(size)}; the model has {_named(wanted)}")
-    first = model.blocks[0].mixer
+def _videomamba(source: LoadedCheckpoint, model: EtMamba) -> EtMamba:
+    """The source as a model for the clips of `model`, in float32 at least."""
+    found, wanted = source.architecture, architecture_of(model.state_dict())
+    if found["block"] != "bimamba":
+        raise CheckpointError(f"{source.source} is no VideoMamba; it looks like {source.name}")
+    keys = ("embed_dim", "depth", "patch_size", "d_state", "expand", "d_conv")
+    if differing := [key for key in keys if found[key] != wanted[key]]:
+        there, here = (" and ".join(f"{key} {side[key]}" for key in differing) for side in (found, wanted))
+        raise CheckpointError(f"the checkpoint has {there} ({source.name}); the model has {here}")
     video = EtMamba(
         model.img_size,
         model.num_frames,
         model.in_chans,
-        num_classes=0,
-        patch_size=model.patch_size,
-        d_state=first.A_log.shape[1],
-        expand=first.D.numel() * (1 if isinstance(first, BiMamba) else 2) // model.embed_dim,
-        d_conv=first.conv1d.kernel_size[0] if first.conv1d else 0,
-        stem="stfp" if with_stem else "none",
+        source.num_classes,
+        stem=found["stem"],
         block="bimamba",
         device="meta",
-        **wanted,
+        **{key: found[key] for key in keys},
     )
-    shapes = {k: tuple(v.shape) for k, v in video.state_dict().items()}
-    if missing := shapes.keys() - given.keys() - {"temporal_pos_embedding"}:
-        raise ValueError(f"the checkpoint is no VideoMamba; it lacks {', '.join(sorted(missing))}")
-    if unknown := {k for k in given.keys() - shapes.keys() if not k.startswith(("head.", "stem."))}:
-        raise ValueError(f"the checkpoint is no VideoMamba; it also has {', '.join(sorted(unknown))}")
-    fitting = {k: given[k] for k in shapes if k in given}
-    positions = {k: fitting[k] for k in ("pos_embed", "temporal_pos_embedding") if k in fitting}
-    fitting |= {k: v.to(fitting[PATCH]) for k, v in checkpoint_filter_fn(positions, model).items()}
-    fitting[PATCH] = adapt_in_chans(fitting[PATCH], model.in_chans)
-    if other := [f"{k} is {tuple(v.shape)}, not {shapes[k]}" for k, v in fitting.items() if v.shape != shapes[k]]:
-        raise ValueError(f"the checkpoint doesn't fit the model: {'; '.join(other)}")
-    video.load_state_dict(fitting, assign=True)
+    weights = fit(source, video)
+    if TIMES not in source.tensors:
+        weights[TIMES] = model.temporal_pos_embedding.detach()
+    video.load_state_dict(
+        {k: v.to(torch.promote_types(v.dtype, torch.float32)) for k, v in weights.items()}, assign=True
+    )
     return video.eval()
-
-
-def _named(size: dict[str, int]) -> str:
-    """'embed_dim 384 and depth 24 (VideoMamba-S)'."""
-    name = next((f" (VideoMamba-{name.title()})" for name, known in SIZES.items() if known == size), "")
-    return f"embed_dim {size['embed_dim']} and depth {size['depth']}{name}"
 
 
 def _summary(names: Iterable[str]) -> str:

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .options import DTYPES, count, positive
+from .options import DTYPES, positive, stride
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -26,7 +26,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     convert.add_argument("--dtype", choices=DTYPES, help="of the stored weights (default: their own, float32)")
     convert.add_argument("--labels", type=Path, metavar="FILE", help="the classes' names, one a line, in order")
     convert.add_argument(
-        "--stride", type=count, metavar="N", help="frames from one of a clip to the next; 0: spread over the video"
+        "--stride", type=stride, metavar="N", help="frames from one of a clip to the next, or 'spread' over the video"
     )
     convert.add_argument("--licence", help="e.g. Apache-2.0")
     convert.set_defaults(run=_convert)

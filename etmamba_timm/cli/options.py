@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ..clip import Stride
     from ..data import EvalClips
     from ..models import EtMamba
 
@@ -44,7 +45,6 @@ def add_dataset(parser: argparse.ArgumentParser) -> None:
 def eval_clips(args: argparse.Namespace, model: "EtMamba") -> "EvalClips":
     """The videos of the dataset that `add_dataset` and --subset name, as the model takes them, in its classes."""
     from ..data import EvalClips, EvalTransform, read_dataset, with_classes
-    from ..predict import sampling_of
 
     layout, split = args.dataset or "folders", args.split or 1
     annotations = read_dataset(layout, args.data, args.subset, split=split, annotations=args.annotations)
@@ -56,7 +56,7 @@ def eval_clips(args: argparse.Namespace, model: "EtMamba") -> "EvalClips":
             f"the dataset has {len(annotations.classes)} classes, and the model {model.num_classes} without names"
         )
     transform = EvalTransform.from_model(model, size=model.img_size)
-    return EvalClips(annotations, transform, sampling_of(model), args.num_clips, args.num_crops)
+    return EvalClips(annotations, transform, model.clip, args.num_clips, args.num_crops)
 
 
 def set_up(args: argparse.Namespace, need_classifier: bool) -> tuple:
@@ -125,6 +125,16 @@ def is_first_process() -> bool:
 def count(text: str) -> int:
     """A whole number, 0 among them."""
     return 0 if text == "0" else positive(text)
+
+
+def stride(text: str) -> "Stride":
+    """A whole number from 1, or 'spread'."""
+    from ..clip import parse_stride
+
+    try:
+        return parse_stride(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def positive(text: str) -> int:

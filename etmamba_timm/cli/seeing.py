@@ -92,17 +92,16 @@ def _tsne(args: argparse.Namespace) -> int:
 def _erf(args: argparse.Namespace) -> int:
     import torch
 
-    from ..data import EvalTransform, VideoReader
-    from ..predict import sampling_of
+    from ..data import EvalTransform, VideoReader, fixed_clips
     from ..seeing.analyze import plot_receptive_field, receptive_field, share_that_holds
 
     _check(args.output)
     if args.dtype != "float32":
         raise ValueError("the receptive field is computed in float32; leave --dtype out")
     model, _ = set_up(args, need_classifier=False)
-    transform, sampling = EvalTransform.from_model(model, size=model.img_size), sampling_of(model)
+    transform = EvalTransform.from_model(model, size=model.img_size)
     readers = [VideoReader(file) for file in args.files]
-    clips = [transform(reader.read(sampling.several(reader.info.num_frames, 1)[0])) for reader in readers]
+    clips = [transform(reader.read(fixed_clips(model.clip, reader.info.num_frames)[0])) for reader in readers]
     field = receptive_field(model, torch.cat(clips).to(model.cls_token), "token" if args.token else "centre")
     of = "class token" if args.token else "central patch"
     plot_receptive_field(field, args.output, f"{args.model}: effective receptive field of the {of}")

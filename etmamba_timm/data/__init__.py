@@ -1,5 +1,6 @@
 """From video files to the clips a model takes: annotations, frames, sampling, transforms, datasets."""
 
+from ..clip import Clip
 from .annotations import (
     AnnotationError,
     Annotations,
@@ -11,11 +12,11 @@ from .annotations import (
     read_ssv2,
 )
 from .augment import TrainTransform
-from .dataset import EvalClips, Sampling, TrainClips, collate
+from .dataset import EvalClips, TrainClips, collate
 from .ffmpeg import VideoError
 from .huggingface import EmbeddedVideo, read_huggingface
 from .layouts import LAYOUTS, SUBSETS, read_dataset, with_classes
-from .sampling import random_clip, random_segments, sample_clips, sample_segments
+from .sampling import draw_clip, fixed_clips, random_clip, random_segments, sample_clips, sample_segments
 from .transforms import EvalTransform
 from .video import VideoInfo, VideoReader, probe, read_frames
 
@@ -24,16 +25,18 @@ __all__ = [
     "SUBSETS",
     "AnnotationError",
     "Annotations",
+    "Clip",
     "EmbeddedVideo",
     "EvalClips",
     "EvalTransform",
-    "Sampling",
     "TrainClips",
     "TrainTransform",
     "VideoError",
     "VideoInfo",
     "VideoReader",
     "collate",
+    "draw_clip",
+    "fixed_clips",
     "probe",
     "random_clip",
     "random_segments",

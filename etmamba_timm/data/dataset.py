@@ -4,46 +4,21 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from ..clip import Clip
 from .annotations import Annotations
-from .sampling import random_clip, random_segments, sample_clips, sample_segments
+from .sampling import draw_clip, fixed_clips
 from .transforms import ElongatedError, EvalTransform
 from .video import VideoError, VideoReader
 
 _logger = logging.getLogger(__name__)
 
 MOST_FAILURES = 20  # videos in a row that can't be decoded
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Which frames make a clip.
-
-    Attributes:
-        num_frames: frames of a clip.
-        stride: frames from one to the next, in dense sampling; 0 for uniform sampling over the whole video.
-    """
-
-    num_frames: int = 16
-    stride: int = 2
-
-    def one(self, num_video_frames: int, generator: random.Random) -> list[int]:
-        """A clip for training, drawn at random."""
-        if self.stride:
-            return random_clip(num_video_frames, self.num_frames, self.stride, random=generator)
-        return random_segments(num_video_frames, self.num_frames, random=generator)
-
-    def several(self, num_video_frames: int, num_clips: int) -> list[list[int]]:
-        """Clips for evaluation, always the same."""
-        if self.stride:
-            return sample_clips(num_video_frames, self.num_frames, self.stride, num_clips)
-        return sample_segments(num_video_frames, self.num_frames, num_clips)
 
 
 class TrainClips(Dataset):
@@ -56,7 +31,7 @@ class TrainClips(Dataset):
     Args:
         annotations: the videos.
         transform: uint8 [T, H, W, 3] -> float32 [C, T, H, W]; draws from the global generators.
-        sampling: which frames make a clip.
+        clip: which frames make a clip.
         seed: of everything drawn.
 
     Raises:
@@ -64,9 +39,9 @@ class TrainClips(Dataset):
     """
 
     def __init__(
-        self, annotations: Annotations, transform: Callable[[Tensor], Tensor], sampling: Sampling, seed: int = 0
+        self, annotations: Annotations, transform: Callable[[Tensor], Tensor], clip: Clip, seed: int = 0
     ) -> None:
-        self.annotations, self.transform, self.sampling, self.seed = annotations, transform, sampling, seed
+        self.annotations, self.transform, self.clip, self.seed = annotations, transform, clip, seed
         self.epoch = 0
         self._failed: set[int] = set()
 
@@ -80,7 +55,7 @@ class TrainClips(Dataset):
             with seeded(self.seed, self.epoch, i):
                 try:
                     reader = VideoReader(path)
-                    frames = reader.read(self.sampling.one(reader.info.num_frames, random.Random(random.random())))
+                    frames = reader.read(draw_clip(self.clip, reader.info.num_frames, random.Random(random.random())))
                 except VideoError as error:
                     _failed(self._failed, i, error)
                     continue
@@ -93,7 +68,7 @@ class EvalClips(Dataset):
     """Fixed views of each video: {'clip': float32 [clips · crops, C, T, H, W], 'label': int, 'index': int}, or None.
 
     Args:
-        annotations, sampling: as in `TrainClips`.
+        annotations, clip: as in `TrainClips`.
         transform: cuts the crops.
         num_clips, num_crops: views over time, and over space (1 or 3).
     """
@@ -102,11 +77,11 @@ class EvalClips(Dataset):
         self,
         annotations: Annotations,
         transform: EvalTransform,
-        sampling: Sampling,
+        clip: Clip,
         num_clips: int = 1,
         num_crops: int = 1,
     ) -> None:
-        self.annotations, self.transform, self.sampling = annotations, transform, sampling
+        self.annotations, self.transform, self.clip = annotations, transform, clip
         self.num_clips, self.num_crops = num_clips, num_crops
         self._failed: set[int] = set()
 
@@ -117,9 +92,9 @@ class EvalClips(Dataset):
         path, label = self.annotations.samples[index]
         try:
             reader = VideoReader(path)
-            clips = self.sampling.several(reader.info.num_frames, self.num_clips)
+            clips = fixed_clips(self.clip, reader.info.num_frames, self.num_clips)
             frames = reader.read([number for clip in clips for number in clip])
-            views = [self.transform(part, self.num_crops) for part in frames.split(self.sampling.num_frames)]
+            views = [self.transform(part, self.num_crops) for part in frames.split(self.clip.num_frames)]
         except VideoError as error:
             return _failed(self._failed, index, error)
         except ElongatedError as error:

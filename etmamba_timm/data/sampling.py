@@ -3,6 +3,24 @@
 from random import Random
 from typing import SupportsIndex
 
+from ..clip import Clip
+
+
+def draw_clip(clip: Clip, num_video_frames: int, random: Random) -> list[int]:
+    """The frame numbers of one clip for training, drawn at random. An unknown stride is taken as the paper's."""
+    clip = clip.known()
+    if isinstance(clip.stride, int):
+        return random_clip(num_video_frames, clip.num_frames, clip.stride, random=random)
+    return random_segments(num_video_frames, clip.num_frames, random=random)
+
+
+def fixed_clips(clip: Clip, num_video_frames: int, num_clips: int = 1) -> list[list[int]]:
+    """The frame numbers of clips for evaluation, always the same. An unknown stride is taken as the paper's."""
+    clip = clip.known()
+    if isinstance(clip.stride, int):
+        return sample_clips(num_video_frames, clip.num_frames, clip.stride, num_clips)
+    return sample_segments(num_video_frames, clip.num_frames, num_clips)
+
 
 def sample_clips(num_video_frames: int, num_frames: int = 16, stride: int = 2, num_clips: int = 1) -> list[list[int]]:
     """Dense sampling: the frame numbers of `num_clips` clips of `num_frames` frames each, `stride` frames apart.

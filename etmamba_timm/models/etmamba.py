@@ -11,6 +11,7 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
 
+from ..clip import Clip, Stride
 from ..layers import BLOCKS, STEMS, PatchEmbed, resample_spatial, resample_temporal, to_tokens
 
 _logger = logging.getLogger(__name__)
@@ -89,7 +90,8 @@ class EtMamba(nn.Module):
         _lookup("global_pool", global_pool, POOLS)
         stem_layer, block_layer = _lookup("stem", stem, STEMS), _lookup("block", block, BLOCKS)
 
-        self._made_with = {}
+        self._made_with: dict = {}
+        self.stride: Stride = None
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.global_pool = global_pool
@@ -98,7 +100,6 @@ class EtMamba(nn.Module):
         self.patch_size = patch_size
         self.img_size = _pair(img_size)
         self.grid_size = _grid_size(self.img_size, patch_size)
-        self._traits = {"first_conv": None}  # timm can't adapt a 5-D convolution to other channels: convert.py does
 
         if stem_layer is not None and in_chans == 1:
             _logger.warning("the %r stem is left out: with in_chans=1 its norm over channels is constant", stem)
@@ -149,6 +150,11 @@ class EtMamba(nn.Module):
     def num_frames(self) -> int:
         """Frames that the temporal position embedding is made for."""
         return self.temporal_pos_embedding.shape[1]
+
+    @property
+    def clip(self) -> Clip:
+        """The clips it takes: `num_frames`, and the attribute `stride`, which the weights it was made from tell."""
+        return Clip(self.num_frames, self.stride)
 
     def init_weights(self) -> None:
         """Linear layers and positions: truncated normal 0.02, zero bias; Mamba's Δ. The rest is drawn on construction.

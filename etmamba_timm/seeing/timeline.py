@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..data import EvalTransform, VideoReader
 from ..files import check_file, whole_file
 from ..models import EtMamba
-from ..predict import class_names, sampling_of
+from ..predict import class_names
 from .plots import check_target, new_figure, save_figure, short
 
 MOST_ROWS = 12  # classes that a figure shows
@@ -96,7 +96,7 @@ def timeline(
     Args:
         model: as in `predict`; its centre crop is taken.
         path: a video file.
-        clip_seconds: time that a clip spans; by default `num_frames` at the stride of the model's `clip_cfg`, else 2.
+        clip_seconds: time that a clip spans; by default that of the model's `clip`, whose unknown stride is 2.
         hop: seconds from one clip's start to the next; by default half a clip.
         batch_size: clips that the model takes at a time.
         dtype: of autocast; None for none.
@@ -112,8 +112,8 @@ def timeline(
             "the model must be in evaluation mode, pool its tokens and have classes: model.eval(), "
             "global_pool='token', a checkpoint with a classifier"
         )
-    stride = sampling_of(model).stride
-    if clip_seconds is None and not stride:
+    clip = model.clip.known()
+    if clip_seconds is None and clip.is_spread:
         raise ValueError(
             "the model's clips are spread over whole videos, so it isn't known how long one is here; give clip_seconds "
             "the length of the videos it was trained on (Kinetics: 10)"
@@ -121,14 +121,14 @@ def timeline(
     reader = VideoReader(path)
     shown, fps = reader.times(), reader.info.fps
     length = shown[-1] + 1 / fps  # the last frame is taken to stay as long as others do
-    span = model.num_frames * stride / fps if clip_seconds is None else clip_seconds
+    span = clip.num_frames * clip.stride / fps if clip_seconds is None else clip_seconds
     hop = span / 2 if hop is None else hop
     if not 0 < hop <= span < math.inf:
         raise ValueError(
             f"clips of {span:g} s every {hop:g} s; both must be above 0, and the hop no longer than a clip, or parts "
             "of the video would be skipped: choose a shorter hop or longer clips"
         )
-    if not stride:
+    if clip.is_spread:
         span = min(span, length)
     starts, times = _grid(length, span, hop)
     step = span / model.num_frames

@@ -7,6 +7,19 @@ from pathlib import Path
 
 import yaml
 
+from ..clip import Clip
+
+# Arguments of `timm.create_model` that have a setting of their own.
+SET_ELSEWHERE = {
+    "num_frames": "num_frames",
+    "img_size": "size",
+    "drop_rate": "drop",
+    "drop_path_rate": "drop_path",
+    "pretrained": "pretrained",
+    "pretrained_cfg_overlay": "checkpoint",
+    "checkpoint_path": "checkpoint",
+    "num_classes": "nothing: the dataset's classes decide",
+}
 PRECISIONS = ("no", "bf16", "fp16")
 
 
@@ -26,8 +39,8 @@ class Recipe:
         pretrained: whether to start from that model's weights.
         checkpoint: a file of weights to start from instead, ours or VideoMamba's; its classifier is left out if the
             number of classes differs. An ETMamba starts from VideoMamba's as `etmamba_ti.videomamba_in1k`.
-        num_frames, stride: of a clip; stride 0 spreads the frames over the whole video.
-        size: height and width of a clip, in pixels.
+        num_frames, stride: of a clip; the stride is the frames from one to the next, or 'spread' over the whole video.
+        size: height and width of a clip, in pixels; one number for a square.
         epochs, warmup_epochs: of training, and of these with a rising rate; the latter may be a fraction.
         batch_size: clips of an update in each process.
         accumulate: parts that such a batch is cut into, one after another, to save memory.
@@ -55,8 +68,8 @@ class Recipe:
     pretrained: bool = True
     checkpoint: str = ""
     num_frames: int = 16
-    stride: int = 2
-    size: int = 224
+    stride: int | str = 2
+    size: int | tuple[int, int] = 224
     epochs: int = 30
     warmup_epochs: float = 1
     batch_size: int = 64
@@ -92,11 +105,19 @@ class Recipe:
     def __post_init__(self) -> None:
         for f in fields(self):
             object.__setattr__(self, f.name, _fitting(f.name, f.type, getattr(self, f.name)))
-        for name in ("num_frames", "size", "epochs", "batch_size", "accumulate", "num_clips", "eval_epochs", "split"):
+        for name in ("epochs", "batch_size", "accumulate", "num_clips", "eval_epochs", "split"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if clash := [f"{name} (set {own})" for name, own in SET_ELSEWHERE.items() if name in self.model_args]:
+            raise RecipeError(f"model_args holds what the recipe sets elsewhere: {', '.join(clash)}")
+        if min(self.img_size) < 1:
+            raise RecipeError(f"size is {self.size}; it must be 1 or more pixels")
+        try:
+            _ = self.clip
+        except ValueError as error:
+            raise RecipeError(str(error)) from None
         rates = ("lr", "min_lr", "warmup_lr", "weight_decay", "clip_grad", "mixup", "cutmix")
-        for name in ("stride", "warmup_epochs", "seed", *rates):
+        for name in ("warmup_epochs", "seed", *rates):
             if not getattr(self, name) >= 0:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         for name in ("drop_path", "drop", "label_smoothing", "flip", "erasing", "ema", "layer_decay"):
@@ -116,6 +137,16 @@ class Recipe:
             raise RecipeError(f"num_crops is {self.num_crops}; it is 1 or 3")
         if self.precision not in PRECISIONS:
             raise RecipeError(f"precision is {self.precision!r}; choose one of {', '.join(PRECISIONS)}")
+
+    @property
+    def img_size(self) -> tuple[int, int]:
+        """`size` as (height, width)."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+    @property
+    def clip(self) -> Clip:
+        """`num_frames` and `stride`."""
+        return Clip(self.num_frames, self.stride)  # type: ignore[arg-type]  # checked there
 
     def scaled(self, rate: float, processes: int) -> float:
         """A rate for 256 clips an update -> for the clips that an update of so many processes takes."""
@@ -174,7 +205,12 @@ def parse_overrides(pairs: list[str]) -> dict:
 def _fitting(name: str, kind: type, value: object) -> object:
     """The value as the type of its setting; YAML reads 3e-4 as text and 1 as an int."""
     try:
-        if isinstance(kind, types.GenericAlias):  # tuple[float, float]
+        if isinstance(kind, types.UnionType):  # int | tuple[int, int], int | str
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            pair = isinstance(value, list | tuple) and len(value) == 2 and all(type(v) is int for v in value)
+            if whole or (name == "stride" and isinstance(value, str)) or (name == "size" and pair):
+                return tuple(value) if isinstance(value, list) else value
+        elif isinstance(kind, types.GenericAlias):  # tuple[float, float]
             if isinstance(value, list | tuple) and len(value) == len(kind.__args__):
                 return tuple(float(v) for v in value)
         elif kind is float and not isinstance(value, bool):

@@ -35,10 +35,9 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from ..checkpoints import read_checkpoint
 from ..checkpoints.card import model_card
 from ..checkpoints.save import save_checkpoint
-from ..data import Annotations, EvalClips, EvalTransform, Sampling, TrainClips, TrainTransform, collate
+from ..data import Annotations, EvalClips, EvalTransform, TrainClips, TrainTransform, collate
 from ..data.dataset import seeded
 from .evaluate import Scores, evaluate
 from .recipe import Recipe
@@ -355,7 +354,7 @@ class _Training:
             self.plain,
             self.run / MODEL,
             label_names=classes,
-            clip={"stride": self.recipe.stride or None},
+            stride=self.recipe.clip.stride,
             card=card,
             readme=lambda config: model_card(self.run.path.resolve().name, config, params, "float32"),
         )
@@ -363,18 +362,14 @@ class _Training:
 
 def build_model(recipe: Recipe, classes: list[str]) -> nn.Module:
     """The recipe's model with these classes, from the weights that it names or at random."""
-    overlay = None
-    if recipe.checkpoint:
-        head = read_checkpoint(recipe.checkpoint).get("head.weight")
-        overlay = {"file": recipe.checkpoint, "num_classes": 0 if head is None else len(head)}
     try:
         return timm.create_model(
             recipe.model,
-            pretrained=recipe.pretrained or overlay is not None,
-            pretrained_cfg_overlay=overlay,
+            pretrained=recipe.pretrained or bool(recipe.checkpoint),
+            pretrained_cfg_overlay={"file": recipe.checkpoint} if recipe.checkpoint else None,
             num_classes=len(classes),
             num_frames=recipe.num_frames,
-            img_size=recipe.size,
+            img_size=recipe.img_size,
             drop_rate=recipe.drop,
             drop_path_rate=recipe.drop_path,
             **recipe.model_args,
@@ -386,7 +381,6 @@ def build_model(recipe: Recipe, classes: list[str]) -> nn.Module:
 def _datasets(
     recipe: Recipe, model: nn.Module, train_set: Annotations, val_set: Annotations
 ) -> tuple[TrainClips, EvalClips]:
-    sampling = Sampling(recipe.num_frames, recipe.stride)
     evaluation = EvalTransform.from_model(model, size=model.img_size)
     training = TrainTransform(
         size=model.img_size,
@@ -398,7 +392,7 @@ def _datasets(
         rand_augment=recipe.rand_augment,
         erasing=recipe.erasing,
     )
-    return TrainClips(train_set, training, sampling, recipe.seed), EvalClips(val_set, evaluation, sampling)
+    return TrainClips(train_set, training, recipe.clip, recipe.seed), EvalClips(val_set, evaluation, recipe.clip)
 
 
 def _optimizer(recipe: Recipe, model: nn.Module, processes: int) -> torch.optim.Optimizer:

@@ -43,7 +43,7 @@ def step_times(runs: int) -> dict[str, float]:
     """Milliseconds a clip of each row's forward and backward pass, in turn on one thread; medians."""
     torch.set_num_threads(1)
     recipe = recipe_of("a")
-    clips = torch.randn(recipe.batch_size, 3, recipe.num_frames, recipe.size, recipe.size)
+    clips = torch.randn(recipe.batch_size, 3, recipe.num_frames, *recipe.img_size)
     labels = torch.arange(recipe.batch_size) % len(CLASSES)
 
     def step(model: nn.Module) -> None:

@@ -165,7 +165,7 @@ def test_shipping_a_run_twice_leaves_one_entry(tmp_path, monkeypatch):
     (weights / "manifest.json").write_text(before)
     monkeypatch.setattr(ship, "WEIGHTS", weights)
     model = timm.create_model("etmamba_ti", num_classes=20, num_frames=8, img_size=32, depth=1, embed_dim=32)
-    save_checkpoint(model, run / "model", label_names=list(CLASSES), clip={"stride": 0})
+    save_checkpoint(model, run / "model", label_names=list(CLASSES), stride="spread")
     (run / RECIPE_FILE).write_text(load_recipe(ship.ROOT / "projects" / "mocap" / "recipe.yaml").to_yaml())
     (run / RUN_FILE).write_text('{"processes": 2, "videos": 6000}')
     everything = scores({name: [(name, "kick" if name != "kick" else "walk")] for name in CLASSES})

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from etmamba_timm.checkpoints import CheckpointError
 from etmamba_timm.checkpoints.fetch import verify
 from etmamba_timm.checkpoints.save import save_checkpoint
+from etmamba_timm.clip import Clip
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "videomamba_small_f4.safetensors"
 SMALL = {"img_size": 32, "num_frames": 2, "embed_dim": 16, "depth": 2, "num_classes": 5}
@@ -90,9 +91,9 @@ def models(tmp_path_factory) -> dict:
     repos = tmp_path_factory.mktemp("repos")
     torch.manual_seed(0)
     main, old = (timm.create_model("etmamba_ti", **SMALL).eval() for _ in range(2))
-    card, clip = {"licence": "Apache-2.0"}, {"stride": 3}
-    save_checkpoint(main, repos / "me/tiny/main", label_names=LABELS, clip=clip, card=card)
-    save_checkpoint(old, repos / "me/tiny/v1", clip=clip)
+    card = {"licence": "Apache-2.0"}
+    save_checkpoint(main, repos / "me/tiny/main", label_names=LABELS, stride=3, card=card)
+    save_checkpoint(old, repos / "me/tiny/v1", stride=3)
     for name in ("binary", "pickle", "cut", "unknown"):
         shutil.copytree(repos / "me/tiny/main", repos / "me" / name / "main")
     weights = repos / "me/binary/main/model.safetensors"
@@ -121,7 +122,7 @@ def test_models_of_the_hub(hub, models, tmp_path):
     """By name, by revision, in another cache, with changes, without safetensors; and what is refused."""
     code = f"""
 model = attempt('hf-hub:me/tiny')
-print(json.dumps([model.num_frames, model.clip_cfg, model.pretrained_cfg['label_names'], model.img_size]))
+print(json.dumps([model.num_frames, model.clip.to_config(), model.pretrained_cfg['label_names'], model.img_size]))
 attempt('hf-hub:me/tiny@v1')
 attempt('hf-hub:me/tiny', cache_dir={str(tmp_path / "other")!r})
 model = attempt('hf-hub:me/tiny', num_classes=2, num_frames=4)
@@ -132,7 +133,7 @@ for name in ('me/tiny@v2', 'me/none', 'me/pickle', 'me/cut', 'me/unknown'):
 """
     lines = run(code, hub.environment(tmp_path / "home"))
     assert lines[0] == lines[3] == lines[6] == outputs(models["main"])
-    assert json.loads(lines[1]) == [2, {"stride": 3, "num_frames": 2}, LABELS, [32, 32]]
+    assert json.loads(lines[1]) == [2, {"num_frames": 2, "stride": 3}, LABELS, [32, 32]]
     assert lines[2] == outputs(models["old"]) != lines[0]
     assert len(list((tmp_path / "other").glob("models--me--tiny/snapshots/*/model.safetensors"))) == 1
     assert (len(json.loads(lines[4])[0]), lines[5]) == (2, "False")
@@ -255,7 +256,8 @@ def test_tags_of_our_own(hub, clone, models, tmp_path):
 print(timm.list_pretrained('etmamba_ti.*')[:4] + [etmamba_timm.__file__])
 for name in ('etmamba_ti', 'etmamba_ti.tiny', 'etmamba_ti.hub', 'etmamba_ti.v1'):
     model = attempt(name)
-    print(json.dumps([model.num_frames, model.img_size, model.clip_cfg, model.pretrained_cfg.get('label_names')]))
+    labels = model.pretrained_cfg.get('label_names')
+    print(json.dumps([model.num_frames, model.img_size, model.clip.to_config(), labels]))
     kept = model._model_args
     print(kept['embed_dim'], kept['num_frames'])
 attempt('etmamba_ti.bad')
@@ -269,7 +271,7 @@ print(timm.create_model('etmamba_ti').num_classes)
         out, told, kept = lines[1 + 3 * i : 4 + 3 * i]
         assert out == outputs(models[model])
         labels = LABELS if model == "main" else None
-        assert json.loads(told) == [2, [32, 32], {"stride": 3, "num_frames": 2}, labels]
+        assert json.loads(told) == [2, [32, 32], {"num_frames": 2, "stride": 3}, labels]
         assert kept == "16 2"
     assert f"not {'0' * 64} as the manifest says: it is damaged or was replaced" in lines[13]
     assert lines[15].startswith("RuntimeError: No pretrained weights exist for etmamba_ti.")
@@ -320,7 +322,7 @@ def test_the_sha256_is_verified(tmp_path):
 
 
 def test_an_unknown_tag_says_so():
-    with pytest.raises(RuntimeError, match=r"Invalid pretrained tag \(k401\) for videomamba_ti"):
+    with pytest.raises(RuntimeError, match="videomamba_ti has no tag 'k401'; `etmamba info videomamba_ti` lists"):
         timm.create_model("videomamba_ti.k401", pretrained=True)
 
 
@@ -331,7 +333,7 @@ def test_a_tag_with_a_file_of_it_at_hand(tmp_path, caplog):
     kwargs = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(tmp_path / "w.safetensors")}}
     small = {"img_size": 32, "embed_dim": 16, "depth": 1}
     model = timm.create_model("videomamba_ti.k400_f8", **kwargs, **small).eval()
-    assert (model.num_frames, model.clip_cfg) == (8, {"num_frames": 8, "stride": None})
+    assert model.clip == Clip(8, "spread")
     assert model.pretrained_cfg["label_names"][0] == "abseiling"
     assert outputs(model) == outputs(source)
     assert "has positions of 4 patches and 8 frames, not 196 and 8 as videomamba_ti.k400_f8 promises" in caplog.text
@@ -339,7 +341,7 @@ def test_a_tag_with_a_file_of_it_at_hand(tmp_path, caplog):
     unnamed = timm.create_model("videomamba_ti", **kwargs, **small)
     assert caplog.text == ""
     assert "label_names" not in unnamed.pretrained_cfg
-    assert (unnamed.num_frames, unnamed.clip_cfg) == (16, {})
+    assert unnamed.clip == Clip(8)  # which the file tells
 
 
 def test_a_tag_that_starts_from_videomamba(hub, tmp_path):

@@ -14,6 +14,7 @@ from etmamba_timm.checkpoints.card import views
 from etmamba_timm.checkpoints.manifest import LABELS, STATUSES, label_names, weights_folder
 from etmamba_timm.checkpoints.publish import check_folder
 from etmamba_timm.checkpoints.read import variant_of
+from etmamba_timm.clip import Clip
 from etmamba_timm.models import VARIANTS
 
 REPO = Path(__file__).parents[2]
@@ -117,7 +118,7 @@ def test_a_tag_builds_the_model_that_its_weights_are_for(name):
     if "." in name:
         assert (model.num_frames, model.num_classes) == (entry.num_frames, entry.num_classes)
         assert model.img_size == (entry.img_size, entry.img_size)
-        assert model.clip_cfg == {"num_frames": entry.num_frames, "stride": None}
+        assert model.clip == Clip(entry.num_frames, "spread")
     else:  # without weights, whatever the default tag is for
         assert (model.num_frames, model.num_classes, model.img_size) == (16, 400, (224, 224))
     assert "label_names" not in model.pretrained_cfg  # it knows no class yet

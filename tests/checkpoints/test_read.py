@@ -67,7 +67,7 @@ def test_wrapped_weights(source, tmp_path, wrap):
     path = tmp_path / "weights.pth"
     torch.save(wrap(source.state_dict()), path)
     read = read_checkpoint(path)
-    assert read.keys() == source.state_dict().keys()
+    assert read.tensors.keys() == source.state_dict().keys()
     assert same_outputs(create(path), source)
 
 
@@ -165,8 +165,8 @@ def test_missing_and_superfluous_weights(source, tmp_path):
     save_file(weights, tmp_path / "w.safetensors")
     with pytest.raises(CheckpointError, match="the checkpoint lacks norm.bias"):
         create(tmp_path / "w.safetensors")
-    save_file(source.state_dict() | {"more": torch.zeros(1)}, tmp_path / "w.safetensors")
-    with pytest.raises(CheckpointError, match="the checkpoint has more than the model: more"):
+    save_file(source.state_dict() | {"blocks.0.more": torch.zeros(1)}, tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match="the checkpoint has more than etmamba_ti .*: blocks.0.more"):
         create(tmp_path / "w.safetensors")
 
 
@@ -190,11 +190,9 @@ class TestChangesOnLoad:
         assert torch.equal(create(file, num_classes=0)(x), source.forward_head(source.forward_features(x), True))
         assert "fresh" not in caplog.text
 
-    def test_another_number_than_the_cfg_promises(self, file):
-        with pytest.raises(
-            CheckpointError, match=r"has 5 classes, not 9: say so with pretrained_cfg_overlay=dict\(num"
-        ):
-            create(file, num_classes=9, overlay={"num_classes": 9})
+    def test_another_number_than_the_cfg_promises(self, file, caplog):
+        assert create(file, num_classes=9, overlay={"num_classes": 9}).pretrained_cfg["num_classes"] == 5
+        assert "the classifier is fresh: the checkpoint has 5 classes, the model 9" in caplog.text
 
     def test_features_only(self, file, source):
         x = torch.randn(1, 3, 2, 32, 32)
@@ -231,7 +229,7 @@ class TestChangesOnLoad:
     def test_from_one_channel_the_stem_is_fresh_and_told(self, tmp_path, caplog):
         source = timm.create_model("etmamba_ti", **SMALL, in_chans=1)
         save_file(source.state_dict(), tmp_path / "w.safetensors")
-        model = create(tmp_path / "w.safetensors")
+        model = create(tmp_path / "w.safetensors", in_chans=3)
         assert "the stem is fresh: the checkpoint has none, for its 1 channel(s)" in caplog.text
         assert torch.equal(model.blocks[1].fusion.weight, source.blocks[1].fusion.weight)
 
@@ -250,8 +248,8 @@ def test_the_architecture_is_read_off_the_weights(name, more):
 
 
 def test_weights_of_something_else(tmp_path):
-    with pytest.raises(CheckpointError, match="no weights of a model of this package: 1 tensors, such as weight"):
+    with pytest.raises(CheckpointError, match="no weights of a model of this package, .*: 1 tensors, such as weight"):
         architecture_of({"weight": torch.zeros(3)})
     save_file({"weight": torch.zeros(3)}, tmp_path / "w.safetensors")
-    with pytest.raises(CheckpointError, match="no weights of a model of this package"):
+    with pytest.raises(CheckpointError, match="no tensor's name ends in 'patch_embed.proj.weight'"):
         create(tmp_path / "w.safetensors")

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from etmamba_timm.checkpoints.save import KEPT_IN_FLOAT32, save_checkpoint
+from etmamba_timm.clip import Clip
 from etmamba_timm.models import VARIANTS
 from etmamba_timm.zoo import etmamba_ti
 
@@ -103,15 +104,15 @@ def test_constructor_arguments_are_saved_whoever_built_it(arguments, create, tmp
 
 def test_labels_and_clips_come_back_and_go_round_again(model, tmp_path):
     names = ["run", "jump", "roll", "kick", "Größe"]
-    save_checkpoint(model, tmp_path / "one", label_names=names, clip={"stride": None}, card={"licence": "MIT"})
+    save_checkpoint(model, tmp_path / "one", label_names=names, stride="spread", card={"licence": "MIT"})
     again = loaded(tmp_path / "one")
-    assert again.pretrained_cfg["label_names"] == names
-    assert again.clip_cfg == {"num_frames": 2, "stride": None}
+    assert list(again.pretrained_cfg["label_names"]) == names
+    assert again.clip == Clip(2, "spread")
     again.set_input_size(img_size=48, num_frames=3)
     save_checkpoint(again, tmp_path / "two")
     third = loaded(tmp_path / "two")
-    assert third.pretrained_cfg["label_names"] == names
-    assert third.clip_cfg == {"num_frames": 3, "stride": None}
+    assert list(third.pretrained_cfg["label_names"]) == names
+    assert third.clip == Clip(3, "spread")
     assert (third.img_size, third.num_frames, third.pretrained_cfg["input_size"]) == ((48, 48), 3, (3, 48, 48))
     other = loaded(tmp_path / "one", num_classes=2)
     assert "label_names" not in other.pretrained_cfg

@@ -11,9 +11,9 @@ from videos import numbers, write_video
 
 from etmamba_timm.data import (
     Annotations,
+    Clip,
     EvalClips,
     EvalTransform,
-    Sampling,
     TrainClips,
     TrainTransform,
     VideoError,
@@ -37,7 +37,7 @@ def as_numbers(frames: torch.Tensor) -> torch.Tensor:
 
 
 def test_training_clips_depend_on_seed_epoch_and_index_alone(annotations):
-    data = TrainClips(annotations, as_numbers, Sampling(4, 2))
+    data = TrainClips(annotations, as_numbers, Clip(4, 2))
     random.seed(1)
     first = data[0]["clip"].flatten().tolist()
     assert [b - a for a, b in pairwise(first)] == [2, 2, 2]
@@ -49,30 +49,30 @@ def test_training_clips_depend_on_seed_epoch_and_index_alone(annotations):
     for data.epoch in range(20):
         seen.add(tuple(data[0]["clip"].flatten().tolist()))
     assert len(seen) > 5
-    assert TrainClips(annotations, as_numbers, Sampling(4, 2), seed=1)[0]["clip"].flatten().tolist() != first
+    assert TrainClips(annotations, as_numbers, Clip(4, 2), seed=1)[0]["clip"].flatten().tolist() != first
 
 
 def test_the_global_generators_are_left_as_they_were(annotations):
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
-    TrainClips(annotations, TrainTransform((32, 32)), Sampling(4, 2))[0]
+    TrainClips(annotations, TrainTransform((32, 32)), Clip(4, 2))[0]
     assert random.getstate() == states[0]
     assert np.random.get_state()[1].tolist() == states[1]
     assert torch.equal(torch.get_rng_state(), states[2])
 
 
 def test_training_takes_the_next_video_for_one_that_cannot_be_decoded(annotations, caplog):
-    data = TrainClips(annotations, as_numbers, Sampling(4, 2))
+    data = TrainClips(annotations, as_numbers, Clip(4, 2))
     batch = collate([data[0], data[2], data[1], data[2]])
     assert batch["label"].tolist() == batch["index"].tolist() == [0, 0, 1, 0]
     assert torch.equal(batch["clip"][0], batch["clip"][1])
     assert caplog.text.count("left out") == 1
     bad = Annotations(annotations.samples[2:] * 3, annotations.classes, [])
     with pytest.raises(VideoError, match="c.mp4: from this one on, 3 videos in a row can't be decoded"):
-        TrainClips(bad, as_numbers, Sampling(4, 2))[1]
+        TrainClips(bad, as_numbers, Clip(4, 2))[1]
 
 
 def test_evaluation_leaves_out_what_cannot_be_decoded(annotations, caplog):
-    data = EvalClips(annotations, EvalTransform((32, 32)), Sampling(4, 2))
+    data = EvalClips(annotations, EvalTransform((32, 32)), Clip(4, 2))
     assert collate([data[0], data[2], data[2]])["index"].tolist() == [0]
     assert collate([data[2]]) is None
     assert caplog.text.count("left out") == 1
@@ -81,7 +81,7 @@ def test_evaluation_leaves_out_what_cannot_be_decoded(annotations, caplog):
 
 def test_evaluation_leaves_out_what_is_too_elongated(tmp_path, caplog):
     write_video(tmp_path / "line.mkv", num_frames=8, height=2, width=2048)
-    data = EvalClips(Annotations([(tmp_path / "line.mkv", 0)], ["a"], []), EvalTransform((224, 224)), Sampling(4, 2))
+    data = EvalClips(Annotations([(tmp_path / "line.mkv", 0)], ["a"], []), EvalTransform((224, 224)), Clip(4, 2))
     assert data[0] is None
     assert "line.mkv: frames are 2×2048" in caplog.text
     assert "too elongated" in caplog.text
@@ -92,18 +92,18 @@ def test_evaluation_leaves_out_what_is_too_elongated(tmp_path, caplog):
     [
         (2, 1, [[11, 13, 15, 17]]),
         (2, 2, [[0, 2, 4, 6], [23, 25, 27, 29]]),
-        (0, 1, [[3, 11, 18, 26]]),
-        (0, 2, [[1, 9, 16, 24], [5, 13, 20, 28]]),
+        ("spread", 1, [[3, 11, 18, 26]]),
+        ("spread", 2, [[1, 9, 16, 24], [5, 13, 20, 28]]),
     ],
 )
 def test_views_for_evaluation(annotations, stride, clips, expected):
-    data = EvalClips(annotations, lambda frames, crops: as_numbers(frames)[None], Sampling(4, stride), clips)
+    data = EvalClips(annotations, lambda frames, crops: as_numbers(frames)[None], Clip(4, stride), clips)
     assert data[0]["clip"].flatten(1).tolist() == expected
     assert data[2] is None
 
 
 def test_crops_times_clips(annotations):
-    data = EvalClips(annotations, EvalTransform((32, 32)), Sampling(4, 2), num_clips=2, num_crops=3)
+    data = EvalClips(annotations, EvalTransform((32, 32)), Clip(4, 2), num_clips=2, num_crops=3)
     assert data[1]["clip"].shape == (6, 3, 4, 32, 32)
     batch = next(iter(DataLoader(data, batch_size=3, collate_fn=collate)))
     assert batch["clip"].shape == (2, 6, 3, 4, 32, 32)

@@ -11,9 +11,9 @@ from videos import numbers, write_video
 
 from etmamba_timm.data import (
     AnnotationError,
+    Clip,
     EvalClips,
     EvalTransform,
-    Sampling,
     VideoError,
     VideoReader,
     collate,
@@ -118,7 +118,7 @@ def test_shuffled_and_selected_rows(files, cache, tmp_path):
 def test_workers(files, cache, tmp_path):
     loaded = datasets.Dataset.from_parquet(str(parquet(files, tmp_path / "train.parquet")))
     read = read_huggingface(loaded)
-    clips = EvalClips(read, EvalTransform((32, 32)), Sampling(4, 2))
+    clips = EvalClips(read, EvalTransform((32, 32)), Clip(4, 2))
     there = list(DataLoader(clips, 1, num_workers=1, collate_fn=collate, multiprocessing_context="spawn"))
     here = list(DataLoader(clips, 1, collate_fn=collate))
     assert [b["label"].item() for b in there] == LABELS

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from videos import write_video
 
-from etmamba_timm.data import AnnotationError, EvalClips, EvalTransform, Sampling, read_dataset, with_classes
+from etmamba_timm.data import AnnotationError, Clip, EvalClips, EvalTransform, read_dataset, with_classes
 
 
 def video(path: Path) -> None:
@@ -83,7 +83,7 @@ def test_official_trees(layout, tmp_path, caplog):
     assert classes is None or train.classes == classes
     if layout == "kinetics":  # numbered as in training, though the list of this part has one class alone
         assert val.samples[0][1] == 1
-    clips = EvalClips(val, EvalTransform((32, 32)), Sampling(4, 2))
+    clips = EvalClips(val, EvalTransform((32, 32)), Clip(4, 2))
     assert clips[0]["clip"].shape == (1, 3, 4, 32, 32)
     path = val.samples[0][0]
     path.write_bytes(path.read_bytes()[:100])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import etmamba_timm
 from etmamba_timm.checkpoints.save import save_checkpoint
 from etmamba_timm.cli import main
-from etmamba_timm.data import EvalClips, EvalTransform, Sampling, read_folders
+from etmamba_timm.data import Clip, EvalClips, EvalTransform, read_folders
 from etmamba_timm.seeing.analyze import (
     MEASURED,
     CostRow,
@@ -72,7 +72,7 @@ def model() -> nn.Module:
 
 
 def test_features_are_the_mean_over_views(model, data):
-    clips = EvalClips(read_folders(data / "val"), EvalTransform((32, 32)), Sampling(4, 1), num_clips=2)
+    clips = EvalClips(read_folders(data / "val"), EvalTransform((32, 32)), Clip(4, 1), num_clips=2)
     features, labels, indices = collect_features(model, clips, batch_size=3)
     assert features.shape == (12, 32)
     assert labels.tolist() == [label for _, label in clips.annotations.samples]
@@ -188,7 +188,7 @@ def test_long_names_lose_their_middle():
 
 
 def test_the_commands(model, data, tmp_path, capsys):
-    save_checkpoint(model, tmp_path / "m", label_names=["down", "left", "right", "up"], clip={"stride": 1})
+    save_checkpoint(model, tmp_path / "m", label_names=["down", "left", "right", "up"], stride=1)
     source = ["--model", f"local-dir:{tmp_path / 'm'}"]
     dataset = ["--data", str(data), "--workers", "0"]
     assert main(["eval", *source, *dataset, "--scores", str(tmp_path / "s.safetensors")]) == 0

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from etmamba_timm.cli import main
+from etmamba_timm.clip import Clip, Stride
 from etmamba_timm.data import VideoError, VideoReader
 from etmamba_timm.seeing.timeline import Segment, Timeline, _batches, plot_timeline, timeline, write_segments
 
@@ -25,9 +26,9 @@ class ByColour(nn.Module):
 
     num_frames, img_size, in_chans, num_classes, global_pool = 4, (16, 16), 3, 3, "token"
 
-    def __init__(self, stride: int | None = 2) -> None:
+    def __init__(self, stride: Stride = 2) -> None:
         super().__init__()
-        self.clip_cfg = {"stride": stride}
+        self.clip = Clip(self.num_frames, stride)
         self.pretrained_cfg = {"label_names": list(COLOURS), "input_size": (3, 16, 16), "mean": (0.5,) * 3}
         self.pretrained_cfg |= {"std": (0.5,) * 3}
         self.scale = nn.Parameter(torch.tensor(5.0))
@@ -138,7 +139,7 @@ def test_short_videos(tmp_path):
 
 def test_clips_that_span_whole_videos_need_a_length(video):
     with pytest.raises(ValueError, match="give clip_seconds the length of the videos it was trained on"):
-        timeline(ByColour(stride=None), video)
+        timeline(ByColour(stride="spread"), video)
     assert [s.label for s in timeline(ByColour(None), video, clip_seconds=1).segments()][:2] == ["red", "blue"]
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from etmamba_timm.checkpoints.save import save_checkpoint
 from etmamba_timm.cli import main
-from etmamba_timm.data import Annotations, EvalClips, EvalTransform, Sampling, read_folders
+from etmamba_timm.data import Annotations, Clip, EvalClips, EvalTransform, read_folders
 from etmamba_timm.training.evaluate import Scores, evaluate
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_frames": 4, "img_size": 32, "patch_size": 8}
@@ -39,7 +39,7 @@ def model() -> nn.Module:
 
 @pytest.fixture
 def clips(data) -> EvalClips:
-    return EvalClips(read_folders(data / "val"), EvalTransform((32, 24)), Sampling(4, 1), num_clips=2, num_crops=3)
+    return EvalClips(read_folders(data / "val"), EvalTransform((32, 24)), Clip(4, 1), num_clips=2, num_crops=3)
 
 
 def test_scores_are_the_mean_over_views(model, clips):
@@ -135,7 +135,7 @@ def test_what_is_not_finite_is_no_score(clips):
 def folder(model, tmp_path_factory) -> Path:
     """The model in the Hub's layout, its classes in another order than the folders'."""
     folder = tmp_path_factory.mktemp("model") / "m"
-    save_checkpoint(model, folder, label_names=sorted(DIRECTIONS, reverse=True), clip={"stride": 1})
+    save_checkpoint(model, folder, label_names=sorted(DIRECTIONS, reverse=True), stride=1)
     return folder
 
 

@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from etmamba_timm.checkpoints import checkpoint_filter_fn
-from etmamba_timm.checkpoints.remap import adapt_in_chans, adapt_stem, from_videomamba, unwrap
+from etmamba_timm.checkpoints import CheckpointError, fit, read_checkpoint
+from etmamba_timm.checkpoints.fit import adapt_in_chans, adapt_stem
 from etmamba_timm.layers import STEMS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "videomamba_small_f4.safetensors"
@@ -33,7 +33,7 @@ def build(golden: dict, **arguments) -> torch.nn.Module:
 
 def loaded(golden: dict, weights: dict | None = None, **arguments) -> torch.nn.Module:
     model = build(golden, **arguments)
-    model.load_state_dict(checkpoint_filter_fn(weights or golden["weights"], model))
+    model.load_state_dict(fit(read_checkpoint(weights or golden["weights"]), model))
     return model
 
 
@@ -44,22 +44,15 @@ def test_upstream_outputs_are_reproduced(golden):
         assert (model(golden["input"]) - golden["logits"]).abs().max() < 2e-6
 
 
-@pytest.mark.parametrize("wrap", [lambda w: {"model": w}, lambda w: {"module": {"model": w}}, lambda w: w], ids=str)
-def test_wrapped_state_dicts(golden, wrap):
-    assert unwrap(wrap(golden["weights"])).keys() == golden["weights"].keys()
-    prefixed = {"model." + k: v for k, v in golden["weights"].items()}
-    assert from_videomamba(prefixed).keys() == from_videomamba(golden["weights"]).keys()
-
-
 def test_every_key_is_accounted_for(golden):
     model = build(golden)
-    assert checkpoint_filter_fn(golden["weights"], model).keys() == model.state_dict().keys()
+    assert fit(read_checkpoint(golden["weights"]), model).keys() == model.state_dict().keys()
 
 
 def test_our_own_state_dict_comes_back_as_it_is(golden):
     model = build(golden)
     own = model.state_dict()
-    converted = checkpoint_filter_fn(own, model)
+    converted = fit(read_checkpoint(own), model)
     assert converted.keys() == own.keys()
     assert all(torch.equal(converted[k], own[k]) for k in own)
 
@@ -96,7 +89,7 @@ def test_other_channels_keep_all_but_the_stem(in_chans):
     kwargs = {"img_size": 32, "num_frames": 2, "embed_dim": 16, "depth": 1, "num_classes": 5}
     source = timm.create_model("etmamba_ti", **kwargs)
     model = timm.create_model("etmamba_ti", in_chans=in_chans, **kwargs)
-    model.load_state_dict(checkpoint_filter_fn(source.state_dict(), model))
+    model.load_state_dict(fit(read_checkpoint(source.state_dict()), model))
     assert torch.equal(model.blocks[0].fusion.weight, source.blocks[0].fusion.weight)
 
 
@@ -131,15 +124,15 @@ class TestGridsThatAreNoSquare:
     def test_a_bare_state_dict_of_the_same_grid(self, tmp_path):
         source = self.saved((32, 128), tmp_path)
         model = timm.create_model("videomamba_ti", img_size=(32, 128), **self.kwargs).eval()
-        model.load_state_dict(checkpoint_filter_fn(source.state_dict(), model))
+        model.load_state_dict(fit(read_checkpoint(source.state_dict()), model))
         x = torch.randn(1, 3, 2, 32, 128)
         assert torch.equal(model(x), source(x))
 
     def test_one_of_a_grid_that_is_not_known_is_refused(self, tmp_path):
         source = self.saved((32, 64), tmp_path)
         model = timm.create_model("videomamba_ti", img_size=64, **self.kwargs)
-        with pytest.raises(ValueError, match="has 8 positions, no square, and doesn't tell its picture's size"):
-            checkpoint_filter_fn(source.state_dict(), model)
+        with pytest.raises(CheckpointError, match="picture of 8 patches, which is no square, and doesn't state"):
+            fit(read_checkpoint(source.state_dict()), model)
 
 
 def test_a_resized_model_is_saved_and_loaded(tmp_path):

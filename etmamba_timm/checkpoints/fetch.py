@@ -20,7 +20,7 @@ from .errors import CheckpointError, DownloadError, first_line
 from .fit import arguments_for, fit
 from .manifest import Checkpoint, find_checkpoint, manifest
 from .read import BINARY_FILE, LoadedCheckpoint, read_checkpoint
-from .warm_start import warm_start
+from .warm_start import size_for, warm_start
 
 _logger = logging.getLogger(__name__)
 
@@ -111,7 +111,9 @@ def find_pretrained(
         and checkpoint.architecture["block"] == "bimamba" != VARIANTS[variant]["block"]
     )
     model_args = dict(entry.model_args(config)) if entry else {}
-    if checkpoint is not None and not is_warm_start:
+    if is_warm_start and checkpoint is not None:
+        model_args |= size_for(checkpoint, variant)
+    elif checkpoint is not None:
         model_args |= (config.model_args if config else {}) | arguments_for(checkpoint, variant, given)
         _check_promise(checkpoint, entry)
     overlay = (config.data_cfg if config else {}) | overlay

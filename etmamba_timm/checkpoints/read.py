@@ -188,11 +188,7 @@ def _describe(raw: object, source: str, config: HubConfig | None) -> LoadedCheck
         _check_config(config, facts)
         variant = config.architecture
         clip = config.clip or clip
-        positions, patch = weights[POSITIONS].shape[1] - 1, architecture["patch_size"]
-        size = config.model_args.get("img_size") or config.data_cfg.get("input_size", (0, 0, 0))[1:]
-        height, width = (size, size) if isinstance(size, int) else size
-        if (height // patch) * (width // patch) == positions:
-            grid = (height // patch, width // patch)
+        grid = _stated_grid(config, weights[POSITIONS].shape[1] - 1, architecture["patch_size"])
     return LoadedCheckpoint(
         source,
         weights,
@@ -235,6 +231,20 @@ def _check_complete(
             adapters = any("lora_" in key for key in came)
             remedy = "; merge the LoRA adapters first, model.merge_and_unload(), and save that" if adapters else ""
             raise CheckpointError(f"the checkpoint {problem} {', '.join(keys[:3])}{more}{remedy}")
+
+
+def _stated_grid(config: HubConfig, positions: int, patch: int) -> tuple[int, int] | None:
+    """The patches (height, width) of the picture that config.json states; None if it states none of so many."""
+    size = config.model_args.get("img_size") or config.data_cfg.get("input_size", (0, 0, 0))[1:]
+    height, width = (size, size) if isinstance(size, int) else size
+    if (height // patch) * (width // patch) == positions:
+        return height // patch, width // patch
+    if "img_size" in config.model_args:
+        raise CheckpointError(
+            f"{config.path}: model_args.img_size is {size!r}, {height // patch}×{width // patch} patches, but the "
+            f"weights have positions for {positions}"
+        )
+    return None
 
 
 def _check_config(config: HubConfig, facts: dict[str, Any]) -> None:

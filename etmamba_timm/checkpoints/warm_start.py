@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..layers import BiMamba, Ebs
 from ..layers.ssm import conv_silu, ssm
-from ..models import EtMamba
+from ..models import VARIANTS, EtMamba
 from ..ops import selective_scan
 from .errors import CheckpointError
 from .fit import fit
@@ -25,6 +25,7 @@ from .read import TIMES, LoadedCheckpoint, architecture_of
 
 _logger = logging.getLogger(__name__)
 
+SHARED = ("embed_dim", "depth", "patch_size", "d_state", "expand", "d_conv")  # by the source and what it starts
 STEM_SCALE = 0.05  # of STFP's last norm: nearly silent, yet not 0, where its ReLU would never train
 RIDGE = 0.1  # how strongly a refitted projection is held to VideoMamba's, in mean squares of its inputs
 # EBS's parameters with a row for each channel <- those of VideoMamba's forward and backward direction.
@@ -79,6 +80,14 @@ def warm_start(source: LoadedCheckpoint, model: EtMamba, clips: Tensor | None = 
         out["stem.conv3.norm.weight"].fill_(STEM_SCALE)
     _logger.info("warm start from VideoMamba; fresh: %s", _summary(own.keys() - mapped.keys()) or "nothing")
     return out
+
+
+def size_for(source: LoadedCheckpoint, variant: str) -> dict:
+    """Constructor arguments of the variant that a VideoMamba starts: the source's, unless it is another variant's."""
+    row, own = VARIANTS[variant], VARIANTS[source.variant]
+    if any(row[key] != own[key] for key in ("embed_dim", "depth")):
+        return {}
+    return {key: source.architecture[key] for key in SHARED}
 
 
 def prune(old: BiMamba, new: Ebs, x: Tensor, x_new: Tensor) -> Ebs:
@@ -165,8 +174,7 @@ def _videomamba(source: LoadedCheckpoint, model: EtMamba) -> EtMamba:
     found, wanted = source.architecture, architecture_of(model.state_dict())
     if found["block"] != "bimamba":
         raise CheckpointError(f"{source.source} is no VideoMamba; it looks like {source.name}")
-    keys = ("embed_dim", "depth", "patch_size", "d_state", "expand", "d_conv")
-    if differing := [key for key in keys if found[key] != wanted[key]]:
+    if differing := [key for key in SHARED if found[key] != wanted[key]]:
         there, here = (" and ".join(f"{key} {side[key]}" for key in differing) for side in (found, wanted))
         raise CheckpointError(f"the checkpoint has {there} ({source.name}); the model has {here}")
     video = EtMamba(
@@ -177,7 +185,7 @@ def _videomamba(source: LoadedCheckpoint, model: EtMamba) -> EtMamba:
         stem=found["stem"],
         block="bimamba",
         device="meta",
-        **{key: found[key] for key in keys},
+        **{key: found[key] for key in SHARED},
     )
     weights = fit(source, video)
     if TIMES not in source.tensors:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import socket
@@ -293,6 +294,32 @@ for what in (model, 'etmamba_ti.tiny', 'videomamba_m.k400_f64_384'):
     assert lines[1] == lines[2]
     assert "size=(32, 32)" in lines[1]
     assert "size=(384, 384)" in lines[3]
+
+
+def test_a_variant_is_a_row(clone, tmp_path):
+    """One row more in `VARIANTS`: timm and torch.hub build it, list it and describe it."""
+    other = tmp_path / "clone"
+    shutil.copytree(clone, other)
+    with (other / "etmamba_timm/models/variants.py").open("a") as file:
+        file.write('VARIANTS["etmamba_xs"] = {"embed_dim": 96, "depth": 2, "stem": "stfp", "block": "ebs"}\n')
+    code = f"""
+model = timm.create_model('etmamba_xs', num_classes=3)
+print(model(torch.randn(1, 3, 2, 32, 32)).shape, model.embed_dim, model.pretrained_cfg['architecture'])
+print(etmamba_timm.zoo.etmamba_xs.__name__, 'etmamba_xs' in etmamba_timm.zoo.__all__)
+print(etmamba_timm.zoo.etmamba_xs.__doc__.splitlines()[0])
+model = torch.hub.load({str(other)!r}, 'etmamba_xs', source='local', num_classes=3)
+print(type(model).__name__, model.num_classes)
+import hubconf
+print(hubconf.etmamba_xs is etmamba_timm.zoo.etmamba_xs)
+"""
+    lines = run(code, {**os.environ, "PYTHONPATH": str(other), "HF_HOME": str(tmp_path / "home")})
+    assert lines == [
+        "torch.Size([1, 3]) 96 etmamba_xs",
+        "etmamba_xs True",
+        "ETMamba-Xs with the STFP stem and EBS blocks; width 96, depth 2.",
+        "EtMamba 3",
+        "True",
+    ]
 
 
 def test_a_wheel_carries_its_weights(hub, clone, models, tmp_path):

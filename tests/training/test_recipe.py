@@ -4,6 +4,7 @@ from dataclasses import asdict
 
 import pytest
 
+from etmamba_timm.clip import Clip
 from etmamba_timm.training.recipe import Recipe, RecipeError, load_recipe, parse_overrides, recipe_names
 
 
@@ -79,11 +80,31 @@ def test_files_and_overrides(tmp_path):
         ({"label_smoothing": 1}, "it must be below 1"),
         ({"mixup": -0.8}, "mixup is -0.8; it must be 0 or more"),
         ({"precision": "fp8"}, "choose one of no, bf16, fp16"),
+        ({"stride": 0}, "stride is 0; it must be the frames from one to the next .* or 'spread'"),
+        ({"stride": "wide"}, "stride is 'wide'; it must be the frames"),
+        ({"stride": True}, "stride is True; it must be int | str"),
+        ({"num_frames": 0}, "num_frames is 0; it must be a whole number, 1 or more"),
+        ({"size": 0}, "size is 0; it must be 1 or more pixels"),
+        ({"size": [256]}, r"size is \[256\]; it must be int"),
+        ({"size": [256, 320.5]}, r"size is \[256, 320.5\]; it must be int"),
+        ({"model_args": {"img_size": 64}}, r"model_args holds what the recipe sets elsewhere: img_size \(set size\)"),
+        ({"model_args": {"num_classes": 3}}, "num_classes \\(set nothing: the dataset's classes decide"),
     ],
 )
 def test_settings_that_cannot_be(settings, said):
     with pytest.raises(RecipeError, match=said):
         load_recipe("k400", **settings)
+
+
+def test_rectangular_sizes(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text("size: [256, 320]\nstride: spread\n")
+    recipe = load_recipe(file)
+    assert recipe.img_size == recipe.size == (256, 320)
+    assert recipe.clip == Clip(16, "spread")
+    file.write_text(recipe.to_yaml())
+    assert load_recipe(file) == recipe
+    assert load_recipe(file, **parse_overrides(["size=64"])).img_size == (64, 64)
 
 
 def test_files_that_cannot_be(tmp_path):

@@ -237,7 +237,11 @@ def test_gradients_that_explode_stop_it(recipe, data, tmp_path, capsys):
         (("dataset=kinetics",), "holds no train.csv"),
         (("epoch=1",), "unknown settings epoch"),
         (("opt=adamx",), "opt 'adamx' with opt_args {}: "),
-        (("model_args={num_frames: 4}",), "model 'etmamba_ti' with model_args {'num_frames': 4}: "),
+        (
+            ("model_args={num_frames: 4}",),
+            "model_args holds what the recipe sets elsewhere: num_frames (set num_fr",
+        ),
+        (("model_args={widht: 4}",), "model 'etmamba_ti' with model_args {'widht': 4}: "),
         (("opt=muon", "opt_args={momentun: 0.9}"), "opt 'muon' with opt_args {'momentun': 0.9}: "),
     ],
 )

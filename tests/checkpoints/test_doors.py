@@ -1,0 +1,193 @@
+"""The same file gives the same answer, or the same error, at every door: one table."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from videos import write_video
+
+import etmamba_timm  # registers the models  # noqa: F401
+from etmamba_timm.checkpoints import CheckpointError, read_checkpoint
+from etmamba_timm.checkpoints.convert import convert_checkpoint
+from etmamba_timm.cli import main
+from etmamba_timm.predict import load_model
+from etmamba_timm.training.recipe import Recipe
+from etmamba_timm.training.train import build_model
+
+REPO = Path(__file__).parents[2]
+SMALL = {"img_size": 32, "num_frames": 2, "embed_dim": 16, "depth": 2, "num_classes": 5}
+CLASSES = ["a", "b", "c", "d", "e"]
+
+
+def by_create_model(name: str, path: Path, folder: Path) -> nn.Module:
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(path)})
+
+
+def by_hub(name: str, path: Path, folder: Path) -> nn.Module:
+    overlay = {"file": str(path)}
+    return torch.hub.load(str(REPO), name, source="local", pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+def by_state_dict(name: str, path: Path, folder: Path) -> nn.Module:
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"state_dict": read_checkpoint(path)})
+
+
+def by_load_model(name: str, path: Path, folder: Path) -> nn.Module:
+    return load_model(name, path, need_classifier=False)
+
+
+def by_convert(name: str, path: Path, folder: Path) -> nn.Module:
+    report = convert_checkpoint(path, folder / "out")
+    assert report.architecture == name
+    return load_model(f"local-dir:{folder / 'out'}", need_classifier=False)
+
+
+def by_train(name: str, path: Path, folder: Path) -> nn.Module:
+    return build_model(Recipe(model=name, checkpoint=str(path), num_frames=2, size=32), CLASSES)
+
+
+def by_the_warm_start_tag(name: str, path: Path, folder: Path) -> nn.Module:
+    return by_create_model(f"{name}.videomamba_in1k", path, folder)
+
+
+DOORS: list[Callable] = [
+    *(by_create_model, by_hub, by_state_dict, by_load_model, by_convert, by_train, by_the_warm_start_tag),
+]
+
+
+class Code:
+    """Pickled, it's a call that leaves a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def weights_of(name: str = "etmamba_ti", **arguments) -> tuple[nn.Module, dict[str, Tensor]]:
+    model = timm.create_model(name, **(SMALL | arguments)).eval()
+    return model, dict(model.state_dict())
+
+
+def truncated(weights: dict, path: Path) -> None:
+    torch.save(weights, path)
+    path.write_bytes(path.read_bytes()[:-500])
+
+
+def lightning(weights: dict) -> dict:
+    beside = {"criterion.weight": torch.ones(5), "loss.pos_weight": torch.ones(5), "val_top1.total": torch.zeros(())}
+    return {"epoch": 3, "state_dict": {"net." + k: v for k, v in weights.items()} | beside, "optimizer_states": []}
+
+
+def averaged(weights: dict) -> dict:
+    return {"model": {k: v * 2 for k, v in weights.items()}, "ema": weights, "epoch": 1}
+
+
+def upstream(weights: dict) -> dict:
+    names = {"blocks.": "layers.", "norm.": "norm_f."}
+    out = {next((new + k.removeprefix(old) for old, new in names.items() if k.startswith(old)), k): k for k in weights}
+    return {"model": {theirs: weights[ours] for theirs, ours in out.items()}}
+
+
+# kind: (arguments of the source model, how it is written, its file's name, the error that every door gives)
+TABLE = {
+    "fine": ({}, save_file, "w.safetensors", None),
+    "folded": ({"folded": True}, save_file, "w.safetensors", None),
+    "not finite": ({}, lambda w, p: save_file(w | {"norm.bias": torch.full((16,), torch.nan)}, p), "w.safetensors",
+                   "isn't finite: 1 weights hold NaN or infinity, the first is norm.bias"),
+    "truncated": ({}, truncated, "w.pth", "can't be read as a checkpoint: it is damaged"),
+    "code": ({}, lambda w, p: torch.save({"model": w, "hook": Code(p.with_name("run"))}, p), "w.pth",
+             "can't be read as a checkpoint: .*weights_only=True blocked"),
+    "another width": ({"embed_dim": 24}, save_file, "w.safetensors", None),
+    "no short convolution": ({"d_conv": 0}, save_file, "w.safetensors", None),
+    "other classes": ({"num_classes": 7}, save_file, "w.safetensors", None),
+    "no classes": ({"num_classes": 0}, save_file, "w.safetensors", None),
+    "Lightning": ({}, lambda w, p: torch.save(lightning(w), p), "w.ckpt", None),
+    "averaged": ({}, lambda w, p: torch.save(averaged(w), p), "w.pth", None),
+    "VideoMamba": ({"name": "videomamba_ti"}, lambda w, p: torch.save(upstream(w), p), "w.pth", None),
+    "a weight too few": ({}, lambda w, p: save_file({k: v for k, v in w.items() if k != "norm.bias"}, p),
+                         "w.safetensors", "the checkpoint lacks norm.bias"),
+    "something else": ({}, lambda w, p: save_file({"weight": torch.ones(3)}, p), "w.safetensors",
+                       "no tensor's name ends in 'patch_embed.proj.weight'"),
+}  # fmt: skip
+
+
+@pytest.fixture(params=TABLE)
+def kind(request, tmp_path) -> tuple[str, nn.Module, Path, str | None]:
+    """A file of one kind: the model's name, the source model, the file, and the error."""
+    arguments, write, filename, error = TABLE[request.param]
+    name = arguments.get("name", "etmamba_ti")
+    source, weights = weights_of(**arguments)
+    write(weights, tmp_path / filename)
+    return name, source, tmp_path / filename, error
+
+
+@pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
+def test_every_door(kind, door, tmp_path):
+    name, source, path, error = kind
+    if door is by_the_warm_start_tag and name == "videomamba_ti":  # it starts another model
+        model = by_the_warm_start_tag("etmamba_ti", path, tmp_path)
+        assert torch.equal(model.patch_embed.proj.weight, source.patch_embed.proj.weight)
+        return
+    if error is None:
+        model = door(name, path, tmp_path).eval()
+        x = torch.randn(1, 3, 2, 32, 32)
+        assert torch.equal(model.forward_features(x), source.forward_features(x))
+        assert model.num_classes == (5 if door is by_train else source.num_classes)
+        if model.num_classes == source.num_classes:
+            assert torch.equal(model(x), source(x))
+        return
+    with pytest.raises(CheckpointError, match=error) as raised:
+        door(name, path, tmp_path)
+    with pytest.raises(CheckpointError) as read:
+        read_checkpoint(path)
+    assert str(raised.value) == str(read.value)  # word by word
+    assert sorted(p.name for p in tmp_path.iterdir()) == [path.name]  # nothing was run, and nothing half-written
+
+
+def test_the_command_line_says_the_same(kind, tmp_path, capsys):
+    name, source, path, error = kind
+    video = write_video(tmp_path / "clip.mp4", num_frames=4)
+    output = tmp_path / "f.safetensors"
+    status = main(["features", str(video), "--model", name, "--checkpoint", str(path), "-o", str(output)])
+    if error is None:
+        assert status == 0
+        assert load_file(output)["features"].shape == (1, source.embed_dim)
+        return
+    assert status == 2
+    with pytest.raises(CheckpointError, match=error) as read:
+        read_checkpoint(path)
+    assert capsys.readouterr().err == f"etmamba: {read.value}\n"
+
+
+def test_a_config_beside_the_weights_is_heeded_at_every_door(tmp_path):
+    """Pooling, class names and clips are in config.json: a folder and the file in it are one checkpoint."""
+    source = timm.create_model("etmamba_ti", **SMALL, global_pool="avg").eval()
+    from etmamba_timm.checkpoints import save_checkpoint
+
+    save_checkpoint(source, tmp_path / "m", label_names=CLASSES, stride="spread")
+    x = torch.randn(1, 3, 2, 32, 32)
+    for model in (
+        load_model(f"local-dir:{tmp_path / 'm'}"),
+        load_model("etmamba_ti", tmp_path / "m"),
+        load_model("etmamba_ti", tmp_path / "m" / "model.safetensors"),
+        by_convert("etmamba_ti", tmp_path / "m" / "model.safetensors", tmp_path),
+    ):
+        assert torch.equal(model(x), source(x))
+        assert list(model.pretrained_cfg["label_names"]) == CLASSES
+        assert model.clip.is_spread
+
+
+def test_training_reads_the_file_once(tmp_path, monkeypatch):
+    _, weights = weights_of()
+    torch.save(weights, tmp_path / "w.pth")
+    calls = []
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: calls.append(args) or load(*args, **kwargs))
+    by_train("etmamba_ti", tmp_path / "w.pth", tmp_path)
+    assert len(calls) == 1

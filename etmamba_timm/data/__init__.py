@@ -13,8 +13,9 @@ from .annotations import (
 )
 from .augment import TrainTransform
 from .dataset import EvalClips, TrainClips, collate
+from .embedded import EmbeddedVideo
 from .ffmpeg import VideoError
-from .huggingface import EmbeddedVideo, read_huggingface
+from .huggingface import read_huggingface
 from .layouts import LAYOUTS, SUBSETS, read_dataset, with_classes
 from .sampling import draw_clip, fixed_clips, random_clip, random_segments, sample_clips, sample_segments
 from .transforms import EvalTransform

@@ -7,10 +7,8 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .huggingface import EmbeddedVideo
+from .embedded import VideoFile
 
 _logger = logging.getLogger(__name__)
 
@@ -42,7 +40,7 @@ class Annotations:
         missing: files, or names of files, that were listed but aren't there.
     """
 
-    samples: list[tuple["Path | EmbeddedVideo", int]]
+    samples: list[tuple[VideoFile, int]]
     classes: list[str]
     missing: list[str]
 

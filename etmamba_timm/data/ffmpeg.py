@@ -7,15 +7,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import av
 import numpy as np
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
-if TYPE_CHECKING:
-    from .huggingface import EmbeddedVideo
+from .embedded import VideoFile
 
 _logger = logging.getLogger(__name__)
 
@@ -31,7 +29,7 @@ class VideoError(ValueError):
     """Something is wrong with a video file; the message names the file, the trouble and a remedy."""
 
 
-def check_file(path: "Path | EmbeddedVideo") -> None:
+def check_file(path: VideoFile) -> None:
     """Raise VideoError for what is no video at first sight.
 
     FFmpeg would draw a text as pictures, and would open whatever files and addresses a playlist names.
@@ -55,7 +53,7 @@ def check_file(path: "Path | EmbeddedVideo") -> None:
 
 
 @contextmanager
-def opened(path: "Path | EmbeddedVideo") -> Iterator[tuple[InputContainer, VideoStream]]:
+def opened(path: VideoFile) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The open file and its first video stream that is not a cover."""
     try:
         # The absolute path, so that `a:b.mp4` is not taken for an address.
@@ -171,7 +169,7 @@ def rotation_of(frame: av.VideoFrame) -> int:
     return round(math.degrees(math.atan2(b, a)) / 90) * 90 % 360
 
 
-def is_cut_off(path: "Path | EmbeddedVideo") -> bool:
+def is_cut_off(path: VideoFile) -> bool:
     """Whether an mp4 ends before its last box does (ISO 14496-12, 4.2). Of other formats it cannot be told: False."""
     end = 0
     with path.open("rb") as file:

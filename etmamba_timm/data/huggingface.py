@@ -2,43 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from .annotations import AnnotationError, Annotations, classes_of, from_rows
+from .embedded import EmbeddedVideo, VideoFile
 
 if TYPE_CHECKING:
     import datasets
 
 AT_ONCE = 1000  # rows looked through at a time
-
-
-@dataclass(frozen=True, eq=False)
-class EmbeddedVideo:
-    """A video within a row of a dataset, for `VideoReader` in a file's stead. Its bytes are read when it is opened.
-
-    Attributes:
-        rows: the column of videos alone, as Arrow tables; mapped from disk, not in memory.
-        row: this one's number.
-        name: what its file was called, or None.
-    """
-
-    rows: datasets.Dataset
-    row: int
-    name: str | None
-
-    def open(self, mode: str = "rb") -> BinaryIO:
-        """The encoded video as a file; it isn't copied."""
-        import pyarrow
-
-        return pyarrow.BufferReader(self.rows[self.row].column(0)[0]["bytes"].as_buffer())
-
-    def is_file(self) -> bool:
-        return True
-
-    def __str__(self) -> str:
-        return f"row {self.row}" + (f" ({self.name})" if self.name else "")
 
 
 def read_huggingface(
@@ -117,9 +90,9 @@ def classes_in(dataset: datasets.Dataset, label: str = "label") -> list[str]:
     return classes_of([(None, name) for name in labels_of(dataset, label)])
 
 
-def _videos(rows: datasets.Dataset) -> list[Path | EmbeddedVideo]:
+def _videos(rows: datasets.Dataset) -> list[VideoFile]:
     """What each row holds; the rows are Arrow tables of the column of videos alone."""
-    videos = []
+    videos: list[VideoFile] = []
     for start in range(0, len(rows), AT_ONCE):
         for part in rows[start : start + AT_ONCE].column(0).chunks:
             held = part.field("bytes").is_valid().to_pylist()  # without a look at the bytes

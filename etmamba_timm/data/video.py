@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from . import ffmpeg
+from .embedded import EmbeddedVideo, VideoFile
 from .ffmpeg import VideoError
-from .huggingface import EmbeddedVideo
 
 _logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class VideoInfo:
         duration: seconds; 0 if the file does not tell.
     """
 
-    path: Path | EmbeddedVideo
+    path: VideoFile
     num_frames: int
     height: int
     width: int

@@ -49,7 +49,7 @@ def read_huggingface(
         classes,
         lambda found: found,
         source,
-        "prepare it anew, or save it with the videos in it",
+        lambda: "prepare the dataset again, or save it with the videos in it",
     )
 
 

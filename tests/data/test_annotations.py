@@ -1,9 +1,9 @@
 """Each dataset's official files, in small trees of their official layout. Nothing is decoded, so files may be empty."""
 
 import json
-from pathlib import Path
 
 import pytest
+from trees import found, tree
 
 from etmamba_timm.data import (
     AnnotationError,
@@ -11,22 +11,8 @@ from etmamba_timm.data import (
     read_folders,
     read_hmdb51,
     read_kinetics,
-    read_list,
     read_ssv2,
 )
-
-
-def tree(root: Path, *names: str) -> Path:
-    for name in names:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    return root
-
-
-def found(annotations, root: Path) -> list[tuple[str, str]]:
-    """(path below root, class name) of each sample."""
-    return [(path.relative_to(root).as_posix(), annotations.classes[label]) for path, label in annotations.samples]
 
 
 def test_folders(tmp_path):
@@ -42,70 +28,6 @@ def test_folders(tmp_path):
         read_folders(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "a b.mp4 0\nsub/c.mp4 2\n",
-        "a b.mp4,0\nsub/c.mp4,2\n",
-        "# a comment\n\nvideo,label\na b.mp4,0\nsub/c.mp4,2",
-        '"a b.mp4"\t0\n"sub/c.mp4"\t2',
-        "\ufeffa b.mp4 0\r\nsub/c.mp4 2\r\n",
-        "path,class_id\na b.mp4,0\nsub/c.mp4,2\n",
-    ],
-)
-def test_list_of_numbers(tmp_path, text):
-    root = tree(tmp_path, "a b.mp4", "sub/c.mp4")
-    (root / "list.txt").write_text(text, encoding="utf-8")
-    read = read_list(root / "list.txt")
-    assert [(p.relative_to(root).as_posix(), label) for p, label in read.samples] == [("a b.mp4", 0), ("sub/c.mp4", 2)]
-    assert read.classes == ["0", "1", "2"]
-
-
-def test_list_of_names(tmp_path):
-    root = tree(tmp_path / "videos", "a.mp4", "b.mp4")
-    path = tmp_path / "list.csv"
-    path.write_text("a.mp4,walk\nb.mp4,run\n")
-    assert found(read_list(path, root), root) == [("a.mp4", "walk"), ("b.mp4", "run")]
-    assert read_list(path, root).classes == ["run", "walk"]
-    assert read_list(path, root, ["walk", "run", "sit"]).classes == ["walk", "run", "sit"]
-    with pytest.raises(AnnotationError, match=r"labels \['run'\] are none of the 1 classes"):
-        read_list(path, root, ["walk"])
-    path.write_text('a.mp4,"Putting a, b on c"\nb.mp4,run\n')
-    assert found(read_list(path, root), root) == [("a.mp4", "Putting a, b on c"), ("b.mp4", "run")]
-
-
-def test_names_with_commas_in_a_list_that_spaces_separate(tmp_path):
-    root = tree(tmp_path, "a.mp4", "x,y.mp4")
-    (root / "list.txt").write_text("a.mp4 0\nx,y.mp4 1\n")
-    assert found(read_list(root / "list.txt"), root) == [("a.mp4", "0"), ("x,y.mp4", "1")]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "lists no videos"),
-        ("a.mp4 0\nlonely.mp4\n", "line 2: 'lonely.mp4' has no label"),
-        ("a.mp4 0\nb.mp4 7\n", r"labels \['7'\]"),
-        ("a.mp4,0\nb.mp4,\n", "line 2: 'b.mp4,' has no label"),
-        ("a.mp4,0\nb.mp4,1\nb.mp4 1\n", "line 3: 'b.mp4 1' has no label"),
-        ("a.mp4 -1\nb.mp4 1\na.mp4 1\n", "line 1: the label '-1' is no whole number"),
-        ("a.mp4 0\nb.mp4 1\na.mp4 -1\n", "line 3: the label '-1' is no whole number, as most others are"),
-    ],
-)
-def test_bad_lists(tmp_path, text, message):
-    root = tree(tmp_path, "a.mp4", "b.mp4")
-    (root / "list.txt").write_text(text)
-    with pytest.raises(AnnotationError, match=message):
-        read_list(root / "list.txt", classes=["zero", "one"])
-
-
-def test_a_number_too_large_for_a_class(tmp_path):
-    root = tree(tmp_path, "a.mp4")
-    (root / "list.txt").write_text("a.mp4,3,104857600\n")
-    with pytest.raises(AnnotationError, match="104857600 is a label; numbered classes end below 100000"):
-        read_list(root / "list.txt")
-
-
 def test_links_are_followed_and_end(tmp_path, caplog):
     root = tree(tmp_path / "root", "run/a.mp4", "jump/b.wmv", "sit/notes.txt")
     tree(tmp_path / "disk", "c.mp4")
@@ -113,18 +35,6 @@ def test_links_are_followed_and_end(tmp_path, caplog):
     (root / "run" / "back").symlink_to(root / "run")
     assert found(read_folders(root), root) == [("jump/b.wmv", "jump"), ("run/a.mp4", "run"), ("run/more/c.mp4", "run")]
     assert "in 1 of 3 classes, first sit" in caplog.text
-
-
-def test_missing_videos_are_counted_and_too_many_are_an_error(tmp_path, caplog):
-    root = tree(tmp_path, "a.mp4", "b.mp4")
-    (root / "list.txt").write_text("a.mp4 0\nb.mp4 1\ngone.mp4 1\n")
-    read = read_list(root / "list.txt")
-    assert [label for _, label in read.samples] == [0, 1]
-    assert [Path(name).name for name in read.missing] == ["gone.mp4"]
-    assert "1 of 3 videos are missing and left out" in caplog.text
-    (root / "list.txt").write_text("a.mp4 0\n" + "".join(f"gone{i}.mp4 1\n" for i in range(3)))
-    with pytest.raises(AnnotationError, match="lists 4 videos, 3 of which aren't there"):
-        read_list(root / "list.txt")
 
 
 def test_kinetics(tmp_path):

@@ -244,7 +244,7 @@ def from_rows(
     classes: list[str] | None,
     locate: Callable[..., VideoFile],
     source: Path | str,
-    remedy: Callable[[], str] = lambda: "give the folder that holds them as root",
+    remedy: Callable[[], str] = lambda: "give the folder that holds them (root, --data)",
 ) -> Annotations:
     """Annotations from rows of (what `locate` takes, label). A file that doesn't exist is listed as missing.
 

@@ -4,13 +4,11 @@ A list is a table of text. Which separator it uses, whether it begins with a hea
 and their labels is found by looking at the rows and at the files that exist. What isn't plain `video,label` is logged.
 """
 
-import csv
 import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,9 +20,9 @@ from .annotations import (
     classes_of,
     existing_folder,
     from_rows,
-    read_text,
     video_files,
 )
+from .tables import WANTED, Row, exists, is_video, read_rows, sample_of, short, some
 
 _logger = logging.getLogger(__name__)
 
@@ -36,9 +34,6 @@ LABEL_NAMES = {
 }
 FRAMES_NAMES = {"frames", "num_frames", "n_frames", "nframes", "total_frames", "frame_count"}
 FEWEST_FRAMES = 8  # if no header says so, whole numbers are taken for frame counts only from here on
-SAMPLED = 100  # rows of which the files are looked for, to tell the columns apart
-SEPARATORS = {",": "','", "\t": "a tab", ";": "';'", " ": "a space"}
-WANTED = "wanted `video,label` or `video label`, with one label for each video"
 
 
 class Listed(NamedTuple):
@@ -51,13 +46,6 @@ class Listed(NamedTuple):
 
     rows: list[tuple[str, str]]
     notes: list[str]
-
-
-@dataclass
-class _Row:
-    number: int  # of the line, from 1
-    text: str
-    fields: list[str]
 
 
 def read_list(
@@ -96,147 +84,14 @@ def list_classes(path: Path, root: Path) -> list[str]:
 def parse_list(path: Path, root: Path, subset: str | None = None) -> Listed:
     """The rows of a list. Arguments and errors as in `read_list`; videos may be missing."""
     notes: list[str] = []
-    rows = _rows(path, root, notes)
+    rows = read_rows(path, root, notes)
     return _Table(path, root, rows, notes).read(subset)
-
-
-# From lines to rows of equally many fields.
-
-
-def _rows(path: Path, root: Path, notes: list[str]) -> list[_Row]:
-    lines = [(i, line) for i, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
-    plain = [line for _, line in lines if not line.lstrip().startswith("#")]
-    separator = _separator(plain or [line for _, line in lines], root)
-    rows = []
-    for number, line in lines:
-        try:
-            row = _Row(number, line.strip(), _split(line, separator, root))
-        except csv.Error as error:
-            raise AnnotationError(f"{path}, line {number}: {_short(line)} can't be read ({error}); {WANTED}") from error
-        if not line.lstrip().startswith("#") or _exists(root, row.fields[0]):  # a name may begin with it
-            rows.append(row)
-    if not rows:
-        raise AnnotationError(f"{path} lists no videos; {WANTED}")
-    if separator == ";":
-        notes.append("its fields are separated by ';'")
-    if separator != " " and _has_split_paths(rows, separator, root):
-        for row in rows:
-            row.fields = _joined(row, separator, root) or row.fields
-    _make_even(path, rows, separator, root)
-    unquoted = [row.fields[-1] for row in rows if separator == " " and '"' not in row.text]
-    if words := [label for label in unquoted if " " in label and not _is_video(root, label)]:
-        notes.append(f"all that follows the video is taken for its label ({_some(words)})")
-    return rows
-
-
-def _separator(lines: list[str], root: Path) -> str:
-    """The separator with which most lines have a field that is a video; failing that, one that most lines contain."""
-    sample = _sample(lines)
-
-    def videos(separator: str) -> tuple[int, int]:
-        """How many lines have a video that exists, and how many the name of a video."""
-        try:
-            split = [_split(line, separator, root) for line in sample]
-        except csv.Error:
-            return 0, 0
-        split = [fields for fields in split if len(fields) > 1]
-        exist = sum(any(_exists(root, field) for field in fields) for fields in split)
-        return exist, sum(any(field.lower().endswith(SUFFIXES) for field in fields) for fields in split)
-
-    best = max(SEPARATORS, key=videos)
-    if any(videos(best)):
-        return best
-    return next((s for s in SEPARATORS if s != " " and 2 * sum(s in line for line in lines) > len(lines)), " ")
-
-
-def _split(line: str, separator: str, root: Path) -> list[str]:
-    if separator != " ":
-        fields = next(csv.reader([line], delimiter=separator, skipinitialspace=True))
-        return [field.strip() for field in fields]
-    line = line.strip()
-    if '"' in line:
-        return [field for field in next(csv.reader([line], delimiter=" ", skipinitialspace=True)) if field]
-    return _split_at_spaces(line, root)
-
-
-def _split_at_spaces(line: str, root: Path) -> list[str]:
-    """The video, which may contain spaces, and what stands beside it; whole numbers between them are fields too."""
-    places = [match.span() for match in re.finditer(" +", line)][::-1]  # the last first
-    for start, end in places:
-        if line[:start].lower().endswith(SUFFIXES):
-            return [line[:start], *_numbers_first(line[end:])]
-    for start, end in places[::-1]:
-        if line[end:].lower().endswith(SUFFIXES) and (_exists(root, line[end:]) or " " not in line[end:]):
-            return [line[:start], line[end:]]
-    for start, end in places:
-        if _exists(root, line[:start]):
-            return [line[:start], *_numbers_first(line[end:])]
-    if not places:
-        return [line]
-    start, end = places[0]
-    return [line[:start], line[end:]]
-
-
-def _numbers_first(text: str) -> list[str]:
-    """'24 1' -> ['24', '1'], '24 sit down' -> ['24', 'sit down'], 'sit down' -> ['sit down']."""
-    fields = []
-    while match := re.match(r"(\d+) +", text):
-        fields.append(match[1])
-        text = text[match.end() :]
-    return [*fields, text]
-
-
-def _has_split_paths(rows: list[_Row], separator: str, root: Path) -> bool:
-    """Whether names of files contain the separator and aren't in quotes."""
-    return any(
-        not any(_exists(root, field) for field in row.fields) and _joined(row, separator, root)
-        for row in _sample(rows)
-        if len(row.fields) > 2
-    )
-
-
-def _joined(row: _Row, separator: str, root: Path) -> list[str] | None:
-    """The fields of a row whose video has the separator in its name, or None."""
-    parts = row.text.split(separator)
-    for k in range(len(parts) - 1, 1, -1):
-        name = separator.join(parts[:k]).strip()
-        if _exists(root, name):
-            return [name, *_split(separator.join(parts[k:]), separator, root)]
-    return None
-
-
-def _make_even(path: Path, rows: list[_Row], separator: str, root: Path) -> None:
-    """Give all rows as many fields as most have, or say which row can't be read."""
-    shortest = min(len(row.fields) for row in rows)
-    for row in rows:
-        while len(row.fields) > shortest and not row.fields[-1]:
-            row.fields.pop()
-    counts = Counter(len(row.fields) for row in rows)
-    width = max(counts, key=lambda count: (counts[count], count))
-    if width > 1 and len(rows[0].fields) == width - 1 and len(rows) > 2 and not _has_video(root, rows[0]):
-        rows[0].fields.insert(0, "")  # a header without a name for the index, as R writes it
-    for row in rows:
-        if len(row.fields) > width and separator != " ":
-            row.fields = _joined(row, separator, root) or row.fields
-        count = len(row.fields)
-        if count == 1:
-            others = f" (the fields of other lines are separated by {SEPARATORS[separator]})" if width > 1 else ""
-            raise AnnotationError(f"{path}, line {row.number}: {_short(row.text)} has no label{others}; {WANTED}")
-        if count != width:
-            raise AnnotationError(
-                f"{path}, line {row.number}: {_short(row.text)} has {count} fields, separated by "
-                f"{SEPARATORS[separator]}, where most lines have {width}; {WANTED}. Put a name or label that contains "
-                f"{SEPARATORS[separator]} in double quotes"
-            )
-
-
-# From rows to videos and labels.
 
 
 class _Table:
     """Rows of equally many fields, and which of their columns are not yet explained."""
 
-    def __init__(self, path: Path, root: Path, rows: list[_Row], notes: list[str]) -> None:
+    def __init__(self, path: Path, root: Path, rows: list[Row], notes: list[str]) -> None:
         self.path, self.root, self.notes = path, root, notes
         self.rows = rows
         self.video = self._video_column()
@@ -252,7 +107,7 @@ class _Table:
         rows = [(row, row.fields[self.video], row.fields[label]) for row in self.rows]
         if bad := next((row for row, video, name in rows if not video or not name), None):
             lacks = "label" if bad.fields[self.video] else "video"
-            raise AnnotationError(f"{self.path}, line {bad.number}: {_short(bad.text)} has no {lacks}; {WANTED}")
+            raise AnnotationError(f"{self.path}, line {bad.number}: {short(bad.text)} has no {lacks}; {WANTED}")
         if label < self.video:
             self.notes.append(f"column {label + 1} is taken for the label and column {self.video + 1} for the video")
         self._check_labels(rows)
@@ -274,10 +129,10 @@ class _Table:
 
     def _video_column(self) -> int:
         """The column with the most files that exist or, failing that, with the most names of videos."""
-        sample = _sample(self.rows[1:] or self.rows)
+        sample = sample_of(self.rows[1:] or self.rows)
         width = len(self.rows[0].fields)
         tests: tuple[Callable[[str], bool], ...] = (
-            lambda field: _exists(self.root, field),
+            lambda field: exists(self.root, field),
             lambda field: field.lower().endswith(SUFFIXES),
             _looks_like_path,
         )
@@ -287,7 +142,7 @@ class _Table:
                 return counts.index(max(counts))
         if width > 2:
             raise AnnotationError(
-                f"{self.path}, line {sample[0].number}: {_short(sample[0].text)} has {width} fields, and none is a "
+                f"{self.path}, line {sample[0].number}: {short(sample[0].text)} has {width} fields, and none is a "
                 f"video below {self.root}; {WANTED}"
             )
         return 0
@@ -296,12 +151,12 @@ class _Table:
         """Remove the header from the rows and return its fields; without a header, an empty list."""
         first, others = self.rows[0], self.rows[1:]
         name = first.fields[self.video]
-        if not others or _is_video(self.root, name) or "/" in name:
+        if not others or is_video(self.root, name) or "/" in name:
             return []
         beside = [(field, [row.fields[i] for row in others]) for i, field in enumerate(first.fields) if i != self.video]
-        videos = [row.fields[self.video] for row in _sample(others)]
+        videos = [row.fields[self.video] for row in sample_of(others)]
         certain = _most(_looks_like_path, videos) and not _looks_like_path(name)
-        if _most(lambda video: _looks_like_path(video) or _exists(self.root, video), videos):
+        if _most(lambda video: _looks_like_path(video) or exists(self.root, video), videos):
             likely = all(field not in values for field, values in beside)
         else:  # most videos are missing
             likely = any(
@@ -310,12 +165,12 @@ class _Table:
         if not (certain or likely):
             return []
         if not certain:
-            self.notes.append(f"line {first.number} ({_short(first.text)}) is taken for a header")
+            self.notes.append(f"line {first.number} ({short(first.text)}) is taken for a header")
         self.rows = [row for row in others if row.fields != first.fields]
         if repeated := len(others) - len(self.rows):
-            self.notes.append(f"{repeated} lines repeat the header and are left out")
+            self.notes.append(f"lines that repeat the header are left out ({repeated})")
         if not self.rows:
-            raise AnnotationError(f"{self.path} lists no videos after its header {_short(first.text)}; {WANTED}")
+            raise AnnotationError(f"{self.path} lists no videos after its header {short(first.text)}; {WANTED}")
         return [field.lower() for field in first.fields]
 
     def _drop_empty(self) -> None:
@@ -375,7 +230,7 @@ class _Table:
                 continue
             many = min(map(int, values)) >= FEWEST_FRAMES
             if named or (alone and many and not _same_classes(values, others[0])):
-                self._drop(column, f"its numbers ({_some(values)}) are taken for numbers of frames")
+                self._drop(column, f"its numbers ({some(values)}) are taken for numbers of frames")
                 return
 
     def _label_column(self) -> int:
@@ -383,18 +238,18 @@ class _Table:
             return self.left[0]
         labels = [i for i in self.left if self.names and self.names[i] in LABEL_NAMES]
         if len(labels) == 1:
-            for column in [i for i in self.left if i != labels[0]]:
-                self._drop(column, f"the label is {self._called(labels[0])}")
+            others = ", ".join(self._called(i) for i in self.left if i != labels[0])
+            self.notes.append(f"{others} left out: {self._called(labels[0])} is the label, of the whole video")
             return labels[0]
         row = self.rows[0]
-        columns = ", ".join(f"{self._called(i)} with {_short(row.fields[i])}" for i in self.left)
+        columns = ", ".join(f"{self._called(i)} with {short(row.fields[i])}" for i in self.left)
         raise AnnotationError(
-            f"{self.path}, line {row.number}: {_short(row.text)} has {len(self.left)} columns beside the video that "
+            f"{self.path}, line {row.number}: {short(row.text)} has {len(self.left)} columns beside the video that "
             f"may hold labels, or frame counts, starts and ends ({columns}); {WANTED}. Leave the others out, or name "
             "the columns in a header, the right one 'label'"
         )
 
-    def _check_labels(self, rows: list[tuple[_Row, str, str]]) -> None:
+    def _check_labels(self, rows: list[tuple[Row, str, str]]) -> None:
         """One label for each video; whole numbers, or names."""
         counts = Counter(part for label in {label for _, _, label in rows} for part in set(_parts(label)))
         for row, _, label in rows:
@@ -402,33 +257,33 @@ class _Table:
             parts = _parts(label)
             if len(parts) > 1 and (all(map(str.isdecimal, parts)) or any(counts[part] > 1 for part in parts)):
                 raise AnnotationError(
-                    f"{self.path}, line {row.number}: the label {_short(label)} looks like {len(parts)} labels "
-                    f"({_some(parts)}); {WANTED}: keep the most important one"
+                    f"{self.path}, line {row.number}: the label {short(label)} looks like {len(parts)} labels "
+                    f"({some(parts)}); {WANTED}: keep the most important one"
                 )
         names = [(row, label) for row, _, label in rows if not label.isdecimal()]
         if names and 2 * len(names) < len(rows):
             row, label = names[0]
             raise AnnotationError(
-                f"{self.path}, line {row.number}: the label {_short(label)} is no whole number, as most others are"
+                f"{self.path}, line {row.number}: the label {short(label)} is no whole number, as most others are"
             )
 
     def _slashes(self, videos: list[str]) -> list[str]:
         """Windows' backslashes as slashes, where the file exists so."""
         turned = [
             video.replace("\\", "/")
-            if "\\" in video and not os.path.isfile(self.root / video) and _exists(self.root, video)
+            if "\\" in video and not os.path.isfile(self.root / video) and exists(self.root, video)
             else video
             for video in videos
         ]
         if changed := [video for video, new in zip(videos, turned, strict=True) if video != new]:
-            self.notes.append(f"'\\' is read as '/' in {len(changed)} paths ({_some(changed)})")
+            self.notes.append(f"'\\' is read as '/' in {len(changed)} paths ({some(changed)})")
         return turned
 
     def _whole(self, labels: list[str]) -> list[str]:
         """Labels such as '3.0', pandas' numbers of a column with gaps, as whole numbers."""
         if not all(re.fullmatch(r"\d+\.0+", label) for label in labels):
             return labels
-        self.notes.append(f"the labels ({_some(labels)}) are read as whole numbers")
+        self.notes.append(f"the labels ({some(labels)}) are read as whole numbers")
         return [label.partition(".")[0] for label in labels]
 
     def _tell_repeated(self, videos: list[str], labels: list[str]) -> None:
@@ -439,8 +294,8 @@ class _Table:
         if twice:
             video, label = next(iter(twice.items()))
             self.notes.append(
-                f"{len(twice)} videos are listed with different labels, and each row is a sample of its own (first "
-                f"{video}: {given[video]!r} and {label!r})"
+                f"videos with different labels in several rows, each row a sample of its own: {len(twice)}, first "
+                f"{video} with {given[video]!r} and {label!r}"
             )
 
 
@@ -465,7 +320,7 @@ def _remedy(path: Path, root: Path, rows: list[tuple[str, str]]) -> str:
     video = next(video for video, _ in rows if not os.path.isfile(root / video))
     slashed = video.replace("\\", "/")
     if os.path.isfile(path.parent / slashed):
-        return f"they lie beside the list: give {path.parent} as root, the folder of the videos"
+        return f"they lie beside the list: give {path.parent} as the folder of the videos (root, --data)"
     if os.path.isdir(root / slashed):
         return "it is a folder, and video files are wanted: make a video of each folder of pictures with ffmpeg"
     if found := next((slashed + suffix for suffix in SUFFIXES if os.path.isfile(root / (slashed + suffix))), None):
@@ -474,9 +329,9 @@ def _remedy(path: Path, root: Path, rows: list[tuple[str, str]]) -> str:
     if here := next((file for file in video_files(root) if file.name == name), None):
         above = Path(str(here).removesuffix(slashed))
         if above != here and not slashed.startswith("/"):
-            return f"{here} exists: give {above} as root, the folder of the videos"
+            return f"{here} exists: give {above} as the folder of the videos (root, --data)"
         return f"{here} exists: write the paths in the list as they are below {root}"
-    return "give the folder of the videos as root"
+    return "give the folder that holds them (root, --data)"
 
 
 def _parts(label: str) -> list[str]:
@@ -493,21 +348,6 @@ def _same_classes(first: Sequence[str], second: Sequence[str]) -> bool:
     return len(pairs) == len(set(first)) == len(set(second)) < len(first)
 
 
-def _has_video(root: Path, row: _Row) -> bool:
-    return any(_is_video(root, field) for field in row.fields)
-
-
-def _is_video(root: Path, field: str) -> bool:
-    """Whether a field is the name of a video, which may be missing."""
-    return field.lower().endswith(SUFFIXES) or _exists(root, field)
-
-
-def _exists(root: Path, field: str) -> bool:
-    if not field:
-        return False
-    return os.path.isfile(root / field) or ("\\" in field and os.path.isfile(root / field.replace("\\", "/")))
-
-
 def _looks_like_path(field: str) -> bool:
     """Whether a field has folders, or ends as names of files do."""
     return re.search(r"[/\\]|\.[a-zA-Z]\w{1,4}$", field) is not None
@@ -515,21 +355,3 @@ def _looks_like_path(field: str) -> bool:
 
 def _most(test: Callable[[str], bool], values: list[str]) -> bool:
     return 2 * sum(map(test, values)) > len(values)
-
-
-def _sample(rows: list) -> list:
-    """About `SAMPLED` rows of all, evenly spread."""
-    return rows[:: len(rows) // SAMPLED + 1]
-
-
-def _some(values: Iterable[str]) -> str:
-    values = list(dict.fromkeys(values))
-    return ", ".join(map(_bare, values[:3])) + (", ..." if len(values) > 3 else "")
-
-
-def _bare(text: str) -> str:
-    return text if len(text) <= 60 else text[:60] + "..."
-
-
-def _short(text: str) -> str:
-    return repr(_bare(text))

@@ -1,18 +1,21 @@
-"""Each dataset's official files, in small trees of their official layout. Nothing is decoded, so files may be empty."""
+"""Each dataset's official files, in small trees of their official layout. Where nothing is decoded, files are empty."""
 
 import json
 
 import pytest
 from trees import found, tree
+from videos import numbers, write_video
 
 from etmamba_timm.data import (
     AnnotationError,
+    VideoReader,
     read_breakfast,
     read_folders,
     read_hmdb51,
     read_kinetics,
     read_ssv2,
 )
+from etmamba_timm.data.annotations import SUFFIXES
 
 
 def test_folders(tmp_path):
@@ -26,6 +29,71 @@ def test_folders(tmp_path):
         read_folders(tree(tmp_path / "empty", "class/readme.md"))
     with pytest.raises(AnnotationError, match="is no folder"):
         read_folders(tmp_path / "nowhere")
+
+
+# Of each suffix, a codec that such files may hold; the others are written as mp4 and renamed.
+CODECS = {
+    **dict.fromkeys((".gif", ".apng", ".dv"), None),
+    **dict.fromkeys((".webm", ".ogv", ".ogm", ".ivf"), "libvpx"),
+    **dict.fromkeys((".avi", ".divx", ".xvid"), "mpeg4"),
+    **dict.fromkeys((".wmv", ".asf"), "wmv2"),
+    **dict.fromkeys((".rm", ".rmvb"), "rv20"),
+    **dict.fromkeys((".mjpeg", ".mjpg"), "mjpeg"),
+    **dict.fromkeys((".hevc", ".h265", ".265"), "libx265"),
+    **dict.fromkeys((".mpg", ".mpeg", ".mpe", ".mpv", ".m1v", ".m2v", ".m2p", ".vob", ".mxf"), "mpeg2video"),
+}
+WRITTEN_AS = {
+    **{".mpe": ".mpg", ".mpv": ".m2v", ".m2p": ".mpg", ".m1v": ".m2v", ".m2t": ".ts", ".ogm": ".ogv", ".rmvb": ".rm"},
+    **{".divx": ".avi", ".xvid": ".avi", ".mk3d": ".mkv", ".qt": ".mov", ".3gpp": ".3gp", ".264": ".h264"},
+    **{".265": ".hevc", ".h265": ".hevc", ".mjpg": ".mjpeg"},
+}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_the_reader_reads_what_a_folder_takes(tmp_path, suffix):
+    """Every suffix that is taken for a video, in a real file of that form."""
+    (tmp_path / "class").mkdir()
+    written = tmp_path / f"written{WRITTEN_AS.get(suffix, suffix)}"
+    codec, form, size = CODECS.get(suffix, "libx264"), "yuv420p", (48, 64)
+    if codec is None:
+        codec, form = {".gif": ("gif", "rgb8"), ".apng": ("apng", "rgb24"), ".dv": ("dvvideo", "yuv420p")}[suffix]
+    if suffix in (".dv", ".mxf"):
+        size = (576, 720)  # these forms have fixed sizes
+    write_video(written, 20, *size, codec=codec, pix_fmt="yuvj420p" if codec == "mjpeg" else form)
+    written.rename(tmp_path / "class" / f"video{suffix.upper()}")
+    ((path, _),) = read_folders(tmp_path).samples
+    assert numbers(VideoReader(path).read([0, 7, 19])) == [0, 7, 19]
+
+
+def test_files_that_are_left_out_are_counted(tmp_path, caplog):
+    names = [
+        "run/a.mp4",
+        "run/a.json",
+        "run/b.json",
+        "jump/c.mp4",
+        "jump/1.jpg",
+        "jump/x/README",
+        "loose.mp4",
+        "list.csv",
+    ]
+    root = tree(tmp_path, *names, "run/.b.json")
+    assert len(read_folders(root).samples) == 2
+    assert "3 files" not in caplog.text
+    assert "4 files in folders of classes are left out, as they are no videos by their suffix: " in caplog.text
+    assert "2 .json, 1 .jpg (pictures), 1 without suffix; first " + str(root / "jump/1.jpg") in caplog.text
+    assert f"1 videos lie in no folder of a class, first {root / 'loose.mp4'}" in caplog.text
+    caplog.clear()
+    read_folders(tree(tmp_path / "clean", "run/a.mp4", "jump/b.gif"))
+    assert not caplog.text
+    with pytest.raises(AnnotationError, match=r"they hold 2 .png \(pictures\): make a video of each folder"):
+        read_folders(tree(tmp_path / "frames", "run/a/1.png", "run/a/2.png"))
+
+
+def test_of_files_with_one_name_the_usual_suffix_is_taken(tmp_path):
+    root = tree(tmp_path / "hmdb51", "wave/one.gif", "wave/one.avi", "wave/two.gif")
+    tree(tmp_path, "splits/x")
+    (tmp_path / "splits" / "wave_test_split1.txt").write_text("one.avi 1 \ntwo.avi 1 \n")
+    assert [path for path, _ in found(read_hmdb51(root, tmp_path / "splits"), root)] == ["wave/one.avi", "wave/two.gif"]
 
 
 def test_links_are_followed_and_end(tmp_path, caplog):

@@ -25,7 +25,7 @@ LIST_SUFFIXES = (".csv", ".txt")
 def read_dataset(
     layout: str, root: str | Path, subset: str = "train", *, split: int = 1, annotations: str | Path | None = None
 ) -> Annotations:
-    """A part of a dataset. The classes of the training part, if it is there, number those of all parts.
+    """Reads a part of a dataset. The classes of the training part, if it is there, number those of all parts.
 
     Args:
         layout: a name of `LAYOUTS`:

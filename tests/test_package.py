@@ -68,3 +68,38 @@ def test_only_the_command_line_prints():
         calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
         prints = [n for n in calls if isinstance(n.func, ast.Name) and n.func.id == "print"]
         assert path.parent.name == "cli" or not prints, path
+
+
+def test_no_module_imports_itself_through_others():
+    """At module level, imports for type annotations alone included."""
+    modules = {path.relative_to(PACKAGE).with_suffix("").parts: path for path in PACKAGE.rglob("*.py")}
+    imports = {name: _imported(name, path, set(modules)) for name, path in modules.items()}
+    done: set = set()
+
+    def visit(name: tuple, way: list) -> None:
+        assert name not in way, " -> ".join(".".join(part) for part in [*way[way.index(name) :], name])
+        if name not in done:
+            for other in sorted(imports[name]):
+                visit(other, [*way, name])
+            done.add(name)
+
+    for name in sorted(modules):
+        visit(name, [])
+    assert ("data", "embedded") in imports["data", "annotations"]  # the test sees imports
+
+
+def _imported(name: tuple, path: Path, modules: set) -> set:
+    """The modules that a module imports at its top level; `from . import x` imports x, if x is a module."""
+    todo: list = list(ast.parse(path.read_text()).body)
+    found = set()
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = (*name[: len(name) - node.level], *(node.module.split(".") if node.module else ()))
+            for alias in node.names:
+                target = (*base, alias.name)
+                possible = (target, (*target, "__init__"), base, (*base, "__init__"))
+                found.add(next(other for other in possible if other in modules))
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            todo += ast.iter_child_nodes(node)
+    return found

@@ -8,14 +8,15 @@ from .annotations import (
     read_folders,
     read_hmdb51,
     read_kinetics,
-    read_list,
     read_ssv2,
 )
 from .augment import TrainTransform
 from .dataset import EvalClips, TrainClips, collate
+from .embedded import EmbeddedVideo
 from .ffmpeg import VideoError
-from .huggingface import EmbeddedVideo, read_huggingface
+from .huggingface import read_huggingface
 from .layouts import LAYOUTS, SUBSETS, read_dataset, with_classes
+from .lists import read_list
 from .sampling import draw_clip, fixed_clips, random_clip, random_segments, sample_clips, sample_segments
 from .transforms import EvalTransform
 from .video import VideoInfo, VideoReader, probe, read_frames

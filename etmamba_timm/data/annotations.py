@@ -1,24 +1,27 @@
-"""Which videos a dataset holds and what they show, read from its official files. Nothing is decoded here."""
+"""The videos of a dataset and their classes, read from its official files. Nothing is decoded here."""
 
 import csv
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .huggingface import EmbeddedVideo
+from .embedded import VideoFile
 
 _logger = logging.getLogger(__name__)
 
+# Files with these suffixes are taken for videos; where two have the same name, the first suffix wins.
 SUFFIXES = (
-    *(".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg"),
-    *(".wmv", ".flv", ".3gp", ".ts", ".mts", ".ogv"),
+    *(".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts", ".mts", ".ogv"),
+    *(".m2ts", ".m2t", ".vob", ".mpe", ".mpv", ".m1v", ".m2v", ".m2p", ".asf", ".f4v", ".3g2", ".3gpp", ".qt", ".mk3d"),
+    *(".mxf", ".dv", ".divx", ".xvid", ".ogm", ".rm", ".rmvb", ".nut", ".ivf", ".mjpeg", ".mjpg"),
+    *(".h264", ".264", ".h265", ".265", ".hevc", ".gif", ".apng"),
 )
-MOST_CLASSES = 100_000  # of numbered ones; a larger label is no label
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
+MOST_CLASSES = 100_000  # numbered classes; a larger number is an error in the list
 MOST_MISSING = 0.5  # share of a list's videos that may be missing before it is an error
 BREAKFAST = (
     *("cereals", "coffee", "friedegg", "juice", "milk"),
@@ -29,7 +32,7 @@ HMDB51_SPLITS = {"train": "1", "test": "2"}
 
 
 class AnnotationError(ValueError):
-    """A dataset's files aren't what they should be. The message says which, and what was wanted."""
+    """A dataset's files can't be read. The message says which file or line, what was wanted, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,12 @@ class Annotations:
     """A dataset's videos.
 
     Attributes:
-        samples: (file, class index) of each video that is there; a file is what `VideoReader` takes.
+        samples: (file, class index) of each video that exists; `VideoReader` takes the file.
         classes: names of the classes.
-        missing: files, or names of files, that were listed but aren't there.
+        missing: files, or names of files, that are listed but don't exist.
     """
 
-    samples: list[tuple["Path | EmbeddedVideo", int]]
+    samples: list[tuple[VideoFile, int]]
     classes: list[str]
     missing: list[str]
 
@@ -50,19 +53,35 @@ class Annotations:
 def read_folders(root: str | Path, classes: list[str] | None = None) -> Annotations:
     """`root/<class>/**/<video>`; classes are the folders' names in alphabetical order, or those given.
 
-    Links are followed. What is hidden, by a name that begins with a dot, is left out: other programs' files.
+    Links are followed. Files and folders whose names begin with a dot are ignored, as other programs' own. Any other
+    file that isn't taken, as it is no video or lies in no class, is counted in a warning.
+
+    Raises:
+        AnnotationError: `root` isn't a folder, or holds no videos in folders of classes.
     """
-    root = _folder(root)
+    root = existing_folder(root)
     names = classes or class_folders(root)
-    samples = [(path, index) for index, name in enumerate(names) for path in video_files(root / name)]
+    samples: list[tuple[VideoFile, int]] = []
+    others: list[Path] = []
+    for index, name in enumerate(names):
+        videos, beside = _files(root / name)
+        samples += [(path, index) for path in videos]
+        others += beside
     if not samples:
-        raise AnnotationError(f"{root} holds no videos in folders of classes; wanted {root}/<class>/<video>.mp4")
-    held = {index for _, index in samples}
-    if empty := [name for index, name in enumerate(names) if index not in held]:
+        held = f"; they hold {_kinds(others)}" if others else ""
+        if any(path.suffix.lower() in PICTURES for path in others):
+            held += ": make a video of each folder of pictures with ffmpeg"
+        raise AnnotationError(f"{root} holds no videos in folders of classes, wanted {root}/<class>/<video>.mp4{held}")
+    if others:
         _logger.warning(
-            "%s: no videos (%s) in %d of %d classes, first %s",
-            *(root, ", ".join(SUFFIXES), len(empty), len(names), empty[0]),
+            "%s: %d files in folders of classes are left out, as they are no videos by their suffix: %s; first %s",
+            *(root, len(others), _kinds(others), others[0]),
         )
+    if loose := sorted(path for path in root.iterdir() if _is_video_name(path.name) and path.is_file()):
+        _logger.warning("%s: %d videos lie in no folder of a class, first %s", root, len(loose), loose[0])
+    held_classes = {index for _, index in samples}
+    if empty := [name for index, name in enumerate(names) if index not in held_classes]:
+        _logger.warning("%s: no videos in %d of %d classes, first %s", root, len(empty), len(names), empty[0])
     return Annotations(samples, list(names), [])
 
 
@@ -72,67 +91,43 @@ def class_folders(root: Path) -> list[str]:
 
 
 def video_files(root: Path) -> list[Path]:
-    """Videos in any folders below `root`, in alphabetical order; links are followed, what is hidden is left out."""
-    found, seen = [], set()
+    """Videos at any depth below `root`, in alphabetical order; links are followed, hidden files are ignored."""
+    return _files(root)[0]
+
+
+def _files(root: Path) -> tuple[list[Path], list[Path]]:
+    """The videos and the other files at any depth below `root`, each in alphabetical order."""
+    videos: list[Path] = []
+    others: list[Path] = []
+    seen = set()
     for folder, folders, names in os.walk(root, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:  # a link that leads back
             folders.clear()
             continue
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        videos = (name for name in names if not name.startswith(".") and name.lower().endswith(SUFFIXES))
-        found += [Path(folder, name) for name in videos]
-    return sorted(found)
+        for name in names:
+            if not name.startswith("."):
+                (videos if _is_video_name(name) else others).append(Path(folder, name))
+    return sorted(videos), sorted(others)
 
 
-def read_list(path: str | Path, root: str | Path | None = None, classes: list[str] | None = None) -> Annotations:
-    """A file of lines `video label`, separated by a comma, a tab or the last space; `#` begins a comment line.
-
-    Labels are class indices, or names where they aren't all whole numbers. A header is skipped: a first line whose
-    label is 'label', or alone no whole number. Relative paths start at `root`, by default the list's own folder.
-    """
-    path = Path(path)
-    root = _folder(root or path.parent)
-    return from_rows(list_rows(path), classes, lambda video: root / video, path)
+def _is_video_name(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
-def list_rows(path: Path) -> list[tuple[str, str]]:
-    """(video, label) of each line.
-
-    Raises:
-        AnnotationError: a line without a label, or labels most of which are numbers, and not all.
-    """
-    lines = [(i, line.strip()) for i, line in enumerate(_text(path).splitlines(), 1)]
-    lines = [(i, line) for i, line in lines if line and not line.startswith("#")]
-    separator = next((s for s in (",", "\t") if 2 * sum(s in line for _, line in lines) > len(lines)), " ")
-    rows = []
-    for number, line in lines:
-        if separator == " ":
-            video, _, label = (field.strip().strip('"') for field in line.rpartition(separator))
-        else:  # names with commas stand in quotes
-            *parts, label = (field.strip() for field in next(csv.reader([line], delimiter=separator)))
-            video = separator.join(parts)
-        if not video or not label:
-            raise AnnotationError(
-                f"{path}, line {number}: {line!r} has no label; wanted `video label` or `video,label`"
-            )
-        rows.append((number, video, label))
-    names = [row for row in rows if not row[2].isdecimal()]
-    if names and names[0] is rows[0]:
-        title = names[0][2]
-        if title.lower() == "label" or (len(names) == 1 < len(rows) and not title.lstrip("-").isdecimal()):
-            rows, names = rows[1:], names[1:]  # a header
-    if names and 2 * len(names) < len(rows):
-        number, _, label = names[0]
-        raise AnnotationError(f"{path}, line {number}: the label {label!r} is no whole number, as most others are")
-    return [(video, label) for _, video, label in rows]
+def _kinds(files: list[Path]) -> str:
+    """'10 .txt, 2 .jpg (pictures)', the most frequent first."""
+    counts = Counter(path.suffix.lower() for path in files).most_common()
+    kinds = [f"{n} {suffix or 'without suffix'}{' (pictures)' * (suffix in PICTURES)}" for suffix, n in counts]
+    return ", ".join(kinds[:5]) + (f" and {len(kinds) - 5} other kinds" if len(kinds) > 5 else "")
 
 
 def read_kinetics(csv_file: str | Path, root: str | Path, classes: list[str] | None = None) -> Annotations:
     """Kinetics' csv: columns label, youtube_id, time_start, time_end; videos `<id>_<start>_<end>.mp4` below `root`.
 
     Times have six digits in the names, as the official downloader writes them; `<id>.mp4` is taken as well. Classes are
-    the labels in alphabetical order, or those given (a split that lacks some must be read with the other's).
+    the labels in alphabetical order, or those given: a part that lacks some classes needs those of the training part.
     """
     csv_file = Path(csv_file)
     find = _finder(root)
@@ -143,7 +138,7 @@ def read_kinetics(csv_file: str | Path, root: str | Path, classes: list[str] | N
 
 def kinetics_rows(csv_file: Path) -> list[tuple[tuple[str, str], str]]:
     """((name with the times, name without), label) of each line."""
-    reader = csv.DictReader(_text(csv_file).splitlines())
+    reader = csv.DictReader(read_text(csv_file).splitlines())
     wanted = {"label", "youtube_id", "time_start", "time_end"}
     if not wanted <= set(reader.fieldnames or ()):
         raise AnnotationError(f"{csv_file} has the columns {reader.fieldnames}; Kinetics' have {sorted(wanted)}")
@@ -153,21 +148,26 @@ def kinetics_rows(csv_file: Path) -> list[tuple[tuple[str, str], str]]:
             span = f"{row['youtube_id']}_{int(float(row['time_start'])):06d}_{int(float(row['time_end'])):06d}"
         except (TypeError, ValueError) as error:
             raise AnnotationError(
-                f"{csv_file}, line {reader.line_num}: no start and end of a video ({error})"
+                f"{csv_file}, line {reader.line_num}: no start and end of a video ({error}); wanted both in seconds"
             ) from error
         rows.append(((span, row["youtube_id"]), row["label"]))
     return rows
 
 
 def classes_of(rows: list[tuple]) -> list[str]:
-    """The classes of (…, label): all labels in order, or 0 to the largest where they all are whole numbers."""
+    """The classes of rows (..., label): the labels in alphabetical order or, if all are numbers, 0 to the largest."""
     labels = {label for _, label in rows}
     if labels and all(label.isdecimal() for label in labels):
-        largest = max(map(int, labels))
-        if largest >= MOST_CLASSES:
-            raise AnnotationError(f"{largest} is a label; numbered classes end below {MOST_CLASSES}")
-        return [str(i) for i in range(largest + 1)]
+        for label in labels:
+            check_number(label)
+        return [str(i) for i in range(max(map(int, labels)) + 1)]
     return sorted(labels)
+
+
+def check_number(label: str, where: str = "") -> None:
+    """Raise AnnotationError if a label is a number too large for a class; `where` begins the message."""
+    if label.isdecimal() and (len(label) > 20 or int(label) >= MOST_CLASSES):  # int() refuses thousands of digits
+        raise AnnotationError(f"{where}{label[:30]} is a label; numbered classes end below {MOST_CLASSES}")
 
 
 def read_ssv2(annotations: str | Path, root: str | Path, labels: str | Path | None = None) -> Annotations:
@@ -176,9 +176,9 @@ def read_ssv2(annotations: str | Path, root: str | Path, labels: str | Path | No
     labels = Path(labels) if labels else annotations.with_name("labels.json")
     find = _finder(root)
     try:
-        index = {name: int(number) for name, number in json.loads(_text(labels)).items()}
+        index = {name: int(number) for name, number in json.loads(read_text(labels)).items()}
         entries = [
-            (str(e["id"]), e["template"].replace("[", "").replace("]", "")) for e in json.loads(_text(annotations))
+            (str(e["id"]), e["template"].replace("[", "").replace("]", "")) for e in json.loads(read_text(annotations))
         ]
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise AnnotationError(
@@ -189,7 +189,7 @@ def read_ssv2(annotations: str | Path, root: str | Path, labels: str | Path | No
         raise AnnotationError(
             f"{labels} numbers its classes {sorted(index.values())[:5]}...; wanted 0 to {len(index) - 1}"
         )
-    return from_rows(entries, sorted(index, key=index.get), lambda name: find(name) or Path(name), annotations)
+    return from_rows(entries, sorted(index, key=index.__getitem__), lambda name: find(name) or Path(name), annotations)
 
 
 def read_hmdb51(root: str | Path, splits: str | Path, split: int = 1, subset: str = "train") -> Annotations:
@@ -199,12 +199,12 @@ def read_hmdb51(root: str | Path, splits: str | Path, split: int = 1, subset: st
             f"split {split}, subset {subset!r}; HMDB-51 has splits 1, 2, 3 and the subsets train, test"
         )
     ending = f"_test_split{split}.txt"
-    files = sorted(_folder(splits).glob(f"*{ending}"))
+    files = sorted(existing_folder(splits).glob(f"*{ending}"))
     if not files:
         raise AnnotationError(f"{splits} holds no <class>{ending}; unpack HMDB-51's test_train_splits there")
     rows = []
     for file in files:
-        for line in _text(file).splitlines():
+        for line in read_text(file).splitlines():
             video, _, use = line.strip().rpartition(" ")
             if use == HMDB51_SPLITS[subset]:
                 rows.append((Path(video.strip()).stem, file.name.removesuffix(ending)))
@@ -224,7 +224,8 @@ def read_breakfast(root: str | Path, split: int = 1, subset: str = "train") -> A
             f"split {split}, subset {subset!r}; Breakfast has splits 1 to 4 and the subsets train, test"
         )
     first, last = BREAKFAST_TEST[split]
-    root, samples = _folder(root), []
+    root = existing_folder(root)
+    samples: list[tuple[VideoFile, int]] = []
     for path in video_files(root):
         participant = next((p for p in path.relative_to(root).parts[:-1] if p[:1] == "P" and p[1:].isdigit()), None)
         stem = path.stem.removesuffix("_ch0")
@@ -241,30 +242,34 @@ def read_breakfast(root: str | Path, split: int = 1, subset: str = "train") -> A
 def from_rows(
     rows: list,
     classes: list[str] | None,
-    locate: Callable,
+    locate: Callable[..., VideoFile],
     source: Path | str,
-    remedy: str = "give the folder that holds them as root",
+    remedy: Callable[[], str] = lambda: "give the folder that holds them (root, --data)",
 ) -> Annotations:
-    """Rows of (what `locate` takes, label) -> annotations; a file that isn't there is listed as missing."""
+    """Annotations from rows of (what `locate` takes, label). A file that doesn't exist is listed as missing.
+
+    Raises:
+        AnnotationError: no rows, labels that aren't among `classes`, or most files missing; `remedy` ends the message.
+    """
     if not rows:
         raise AnnotationError(f"{source} lists no videos")
-    labels = {label for _, label in rows}
     classes = classes or classes_of(rows)
-    index = {name: i for i, name in enumerate(classes)}
-    if unknown := sorted(
-        labels - set(index) - {label for label in labels if label.isdecimal() and int(label) < len(classes)}
-    ):
+    index = {str(i): i for i in range(len(classes))} | {name: i for i, name in enumerate(classes)}
+    labels = {label for _, label in rows}
+    number = {label: label if label in index else label.lstrip("0") or "0" for label in labels}
+    if unknown := sorted(label for label, name in number.items() if name not in index):
         raise AnnotationError(f"{source}: labels {unknown[:5]} are none of the {len(classes)} classes {classes[:5]}...")
-    samples, missing = [], []
+    samples: list[tuple[VideoFile, int]] = []
+    missing = []
     for what, label in rows:
         found = locate(what)
-        if found.is_file():
-            samples.append((found, index[label] if label in index else int(label)))
+        if os.path.isfile(found) if isinstance(found, Path) else found.is_file():
+            samples.append((found, index[number[label]]))
         else:
             missing.append(str(found))
     if len(missing) > MOST_MISSING * len(rows):
         raise AnnotationError(
-            f"{source} lists {len(rows)} videos, {len(missing)} of which aren't there (first: {missing[0]}); {remedy}"
+            f"{source} lists {len(rows)} videos, {len(missing)} of which aren't there (first: {missing[0]}); {remedy()}"
         )
     if missing:
         _logger.warning(
@@ -274,22 +279,26 @@ def from_rows(
 
 
 def _finder(root: str | Path) -> Callable[[str], Path | None]:
-    """Finds a video below `root` by its name without suffix, in whatever folders."""
-    stems = {}
-    for path in video_files(_folder(root)):
+    """Finds a video at any depth below `root` by its name without suffix."""
+    stems: dict[str, Path] = {}
+    files = video_files(existing_folder(root))
+    for path in sorted(files, key=lambda path: SUFFIXES.index(path.suffix.lower())):
         stems.setdefault(path.stem, path)
     return stems.get
 
 
-def _folder(path: str | Path) -> Path:
+def existing_folder(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         raise AnnotationError(f"{path} is no folder")
     return path
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file, in UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise AnnotationError(f"{path} can't be read: {error}; save it as text in UTF-8") from error
+    except OSError as error:
         raise AnnotationError(f"{path} can't be read: {error}") from error

@@ -1,4 +1,4 @@
-"""A video file as FFmpeg sees it: opening it, its packets, its decoded frames, and what can be wrong with it."""
+"""A video file through FFmpeg: opening it, its packets, its decoded frames, and what can be wrong with it."""
 
 import logging
 import math
@@ -7,20 +7,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import av
 import numpy as np
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
-if TYPE_CHECKING:
-    from .huggingface import EmbeddedVideo
+from .embedded import VideoFile
 
 _logger = logging.getLogger(__name__)
 
 _ATTACHED_PICTURE = 0x400  # FFmpeg's mark of a cover, as music files have one
-# Demuxers that draw bytes as pictures, or open what a list names.
+# Demuxers that draw bytes as pictures, or open the files that a list names.
 _NO_VIDEO = {"tty", "cdg", "bin", "concat", "hls", "dash", "sdp", "rtsp"}
 _IN_ORDER = {"mjpeg", "msmpeg4v1", "msmpeg4v2", "msmpeg4"}  # codecs that show frames as they are stored
 _VOP = b"\0\0\1\xb6"  # begins a frame of MPEG-4's visual part
@@ -28,13 +27,13 @@ _FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")  # what an
 
 
 class VideoError(ValueError):
-    """Something is wrong with a video file; the message names the file, the trouble and a remedy."""
+    """A video file can't be read. The message names the file, the reason and a remedy."""
 
 
-def check_file(path: "Path | EmbeddedVideo") -> None:
-    """Raise VideoError for what is no video at first sight.
+def check_file(path: VideoFile) -> None:
+    """Raise VideoError if the path is no file, or the file is empty or a text.
 
-    FFmpeg would draw a text as pictures, and would open whatever files and addresses a playlist names.
+    FFmpeg would draw a text as pictures, and would open the files and addresses that a playlist names.
     """
     try:
         mode = path.stat().st_mode if isinstance(path, Path) else stat.S_IFREG
@@ -55,12 +54,12 @@ def check_file(path: "Path | EmbeddedVideo") -> None:
 
 
 @contextmanager
-def opened(path: "Path | EmbeddedVideo") -> Iterator[tuple[InputContainer, VideoStream]]:
+def opened(path: VideoFile) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The open file and its first video stream that is not a cover."""
     try:
         # The absolute path, so that `a:b.mp4` is not taken for an address.
         source = str(path.absolute()) if isinstance(path, Path) else path.open()
-        container = av.open(source, metadata_errors="replace")
+        container = av.open(source, mode="r", metadata_errors="replace")
     except av.FFmpegError as error:
         raise VideoError(
             f"{path}: cannot be read as a video ({error.strerror}); it looks truncated or damaged, or its format is "
@@ -80,7 +79,7 @@ def opened(path: "Path | EmbeddedVideo") -> Iterator[tuple[InputContainer, Video
 
 
 def packets_of(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
-    """The stream's packets, as far as the file can be read."""
+    """The stream's packets, up to where the file can't be read any more."""
     try:
         yield from (packet for packet in container.demux(stream) if packet.size)
     except av.FFmpegError as error:
@@ -102,8 +101,8 @@ def packets_from(container: InputContainer, stream: VideoStream, time: int) -> I
 
 
 def decode(packets: Iterable[av.Packet], stream: VideoStream) -> Iterator[av.VideoFrame]:
-    """The frames in these packets, in the order of showing, without those that cannot be decoded."""
-    for packet in chain(packets, [None]):  # None: give out what is held back
+    """The frames in these packets in display order, without those that cannot be decoded."""
+    for packet in chain(packets, [None]):  # None: flush the decoder
         try:
             frames = stream.codec_context.decode(packet)
         except av.FFmpegError as error:
@@ -118,9 +117,9 @@ def is_hidden(packet: av.Packet, codec: str) -> bool:
 
 
 def is_b_frame(packet: av.Packet, codec: str) -> bool | None:
-    """Whether a packet's frame is shown sooner than the reference stored before it; None if that isn't sure.
+    """Whether a packet's frame is shown before the reference frame stored before it; None if unknown.
 
-    Known of codecs without such frames, and of MPEG-4's visual part (ISO 14496-2, 6.2.5) in packets of one frame each.
+    It is known for codecs without B-frames, and for MPEG-4 Part 2 (ISO 14496-2, 6.2.5) with one frame in each packet.
     """
     if codec in _IN_ORDER:
         return False
@@ -128,25 +127,27 @@ def is_b_frame(packet: av.Packet, codec: str) -> bool | None:
         return None
     data = bytes(packet)
     start = data.find(_VOP)
-    # Two frames may be packed together, and then a stub of a packet says `nothing new`.
+    # Two frames may be packed together, followed by a packet that only says `nothing new`.
     if start < 0 or len(data) < start + 12 or data.find(_VOP, start + 4) >= 0:
         return None
     return data[start + 4] >> 6 == 2
 
 
-def times_in_avi(stored: Sequence[tuple[int, int | None, bool | None]]) -> dict[int, int] | None:
-    """When the frames of an AVI's packets are shown, by the packets' places in the file; None if that isn't sure.
+def times_in_avi(stored: Sequence[tuple[int | None, int | None, bool | None]]) -> dict[int, int] | None:
+    """Display times of an AVI's frames, by the position of their packets in the file; None if they are unknown.
 
-    An AVI tells when frames are stored only; a reference is shown when the next one is stored.
+    An AVI has decoding times only. A reference frame is shown when the next one is decoded.
 
     Args:
-        stored: place, time of storing and `is_b_frame` of each packet.
+        stored: position, decoding time and `is_b_frame` of each packet.
     """
-    places, times, b_frames = zip(*stored, strict=True) if stored else ((), (), ())
-    if None in (*times, *b_frames) or len(set(places)) < len(stored) or len(set(times)) < len(stored):
+    known = [(place, time, is_b) for place, time, is_b in stored if place is not None and time is not None]
+    places, times = {place for place, _, _ in known}, {time for _, time, _ in known}
+    if len(places) < len(stored) or len(times) < len(stored) or any(is_b is None for _, _, is_b in known):
         return None
-    order, reference = [], []
-    for place, is_b in zip(places, b_frames, strict=True):
+    order: list[int] = []
+    reference: list[int] = []
+    for place, _, is_b in known:
         if is_b:
             order.append(place)
         else:
@@ -156,23 +157,23 @@ def times_in_avi(stored: Sequence[tuple[int, int | None, bool | None]]) -> dict[
 
 
 def timed(packets: Iterable[av.Packet], times: dict[int, int]) -> Iterator[av.Packet]:
-    """The packets with these times of showing, by their places in the file, instead of their own."""
+    """The packets with these display times, given by position in the file, instead of their own."""
     for packet in packets:
-        packet.pts, packet.dts = times.get(packet.pos), None
+        packet.pts, packet.dts = None if packet.pos is None else times.get(packet.pos), None
         yield packet
 
 
 def rotation_of(frame: av.VideoFrame) -> int:
-    """How far a frame is to be turned clockwise: 0, 90, 180 or 270 degrees."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    """Degrees by which a frame must be turned clockwise for display: 0, 90, 180 or 270."""
+    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return 0
     a, b = np.frombuffer(matrix, dtype=np.int32)[:2].tolist()  # (x, y) is shown at (a·x + c·y, b·x + d·y)
     return round(math.degrees(math.atan2(b, a)) / 90) * 90 % 360
 
 
-def is_cut_off(path: "Path | EmbeddedVideo") -> bool:
-    """Whether an mp4 ends before its last box does (ISO 14496-12, 4.2). Of other formats it cannot be told: False."""
+def is_cut_off(path: VideoFile) -> bool:
+    """Whether an mp4 ends before its last box does (ISO 14496-12, 4.2). False for other formats."""
     end = 0
     with path.open("rb") as file:
         size = file.seek(0, 2)

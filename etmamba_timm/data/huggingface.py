@@ -1,62 +1,35 @@
-"""Videos of a Hugging Face dataset: files that its rows name, or videos that its rows hold."""
+"""Videos of a Hugging Face dataset, whose rows name files or contain the videos."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from .annotations import AnnotationError, Annotations, classes_of, from_rows
+from .embedded import EmbeddedVideo, VideoFile
 
 if TYPE_CHECKING:
     import datasets
 
-AT_ONCE = 1000  # rows looked through at a time
-
-
-@dataclass(frozen=True, eq=False)
-class EmbeddedVideo:
-    """A video within a row of a dataset, for `VideoReader` in a file's stead. Its bytes are read when it is opened.
-
-    Attributes:
-        rows: the column of videos alone, as Arrow tables; mapped from disk, not in memory.
-        row: this one's number.
-        name: what its file was called, or None.
-    """
-
-    rows: datasets.Dataset
-    row: int
-    name: str | None
-
-    def open(self, mode: str = "rb") -> BinaryIO:
-        """The encoded video as a file; it isn't copied."""
-        import pyarrow
-
-        return pyarrow.BufferReader(self.rows[self.row].column(0)[0]["bytes"].as_buffer())
-
-    def is_file(self) -> bool:
-        return True
-
-    def __str__(self) -> str:
-        return f"row {self.row}" + (f" ({self.name})" if self.name else "")
+AT_ONCE = 1000  # rows read at a time
 
 
 def read_huggingface(
     dataset: datasets.Dataset, video: str = "video", label: str = "label", classes: list[str] | None = None
 ) -> Annotations:
-    """A split of a Hugging Face dataset; torchcodec, which `datasets` would decode with, isn't needed.
+    """A split of a Hugging Face dataset. torchcodec, with which `datasets` would decode, isn't needed.
 
-    Videos that the rows hold themselves (as in Parquet files) stay there until they are read: such a sample's file is
-    an `EmbeddedVideo`.
+    Videos inside the rows (as in Parquet files) stay there until they are read; the file of such a sample is an
+    `EmbeddedVideo`.
 
     Args:
         dataset: one split, not streamed.
         video: its column of the type `Video`.
         label: its column of classes: `ClassLabel`, whole numbers, or names.
-        classes: names of the classes; by default those of `ClassLabel`, else the labels there are, in order.
+        classes: names of the classes; by default those of `ClassLabel`, or the labels in alphabetical order.
 
     Raises:
-        AnnotationError: another kind of dataset or column, a row without a label, or too many videos missing.
+        AnnotationError: not a split of a dataset, other columns, a row without a label, or most videos missing.
     """
     library = _library()
     if not isinstance(dataset, library.Dataset):
@@ -76,12 +49,12 @@ def read_huggingface(
         classes,
         lambda found: found,
         source,
-        "prepare it anew, or save it with the videos in it",
+        lambda: "prepare the dataset again, or save it with the videos in it",
     )
 
 
 def labels_of(dataset: datasets.Dataset, label: str) -> list[str]:
-    """Each row's label: a name of `ClassLabel`, or what stands there."""
+    """The label of each row: the name from `ClassLabel`, or the value as text."""
     feature = dataset.features[label]
     values = dataset.select_columns(label).with_format(None)[:][label]
     names = feature.names if type(feature).__name__ == "ClassLabel" else None
@@ -92,9 +65,9 @@ def labels_of(dataset: datasets.Dataset, label: str) -> list[str]:
 
 
 def load_huggingface(root: str | Path) -> dict[str, datasets.Dataset]:
-    """The splits in a folder: as save_to_disk writes it, or what load_dataset takes (Parquet files, videos).
+    """The splits in a folder that save_to_disk wrote, or that load_dataset reads (Parquet files, videos).
 
-    The latter `datasets` copies to its cache (HF_DATASETS_CACHE), bytes of videos in the rows included.
+    `datasets` copies the latter to its cache (HF_DATASETS_CACHE), including videos inside the rows.
     """
     library, root = _library(), Path(root)
     if not root.is_dir():
@@ -110,19 +83,19 @@ def load_huggingface(root: str | Path) -> dict[str, datasets.Dataset]:
 
 
 def classes_in(dataset: datasets.Dataset, label: str = "label") -> list[str]:
-    """The classes that number a split's labels."""
+    """The classes of a split, in the order of their numbers."""
     feature = dataset.features.get(label)
     if type(feature).__name__ == "ClassLabel":
         return list(feature.names)
     return classes_of([(None, name) for name in labels_of(dataset, label)])
 
 
-def _videos(rows: datasets.Dataset) -> list[Path | EmbeddedVideo]:
-    """What each row holds; the rows are Arrow tables of the column of videos alone."""
-    videos = []
+def _videos(rows: datasets.Dataset) -> list[VideoFile]:
+    """The video of each row; the rows are Arrow tables of the column of videos."""
+    videos: list[VideoFile] = []
     for start in range(0, len(rows), AT_ONCE):
         for part in rows[start : start + AT_ONCE].column(0).chunks:
-            held = part.field("bytes").is_valid().to_pylist()  # without a look at the bytes
+            held = part.field("bytes").is_valid().to_pylist()  # without reading the bytes
             for has_bytes, path in zip(held, part.field("path").to_pylist(), strict=True):
                 row = len(videos)
                 # A row with neither is a file that isn't there, to be counted as missing.

@@ -1,6 +1,6 @@
-"""A dataset by the name of its layout and one folder: finds the official files there, and reads a part of it."""
+"""Reads a part of a dataset, given the name of its layout and its folder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from .annotations import (
@@ -9,33 +9,32 @@ from .annotations import (
     class_folders,
     classes_of,
     kinetics_rows,
-    list_rows,
     read_breakfast,
     read_folders,
     read_hmdb51,
     read_kinetics,
-    read_list,
     read_ssv2,
 )
 from .huggingface import classes_in, load_huggingface, read_huggingface
+from .lists import PARTS, list_classes, read_list
 
 SUBSETS = ("train", "val", "test")
-_ALSO = {"train": ("train",), "val": ("val", "validate", "validation", "valid"), "test": ("test",)}
+LIST_SUFFIXES = (".csv", ".txt")
 
 
 def read_dataset(
     layout: str, root: str | Path, subset: str = "train", *, split: int = 1, annotations: str | Path | None = None
 ) -> Annotations:
-    """A part of a dataset.
+    """Reads a part of a dataset. The classes of the training part, if it is there, number those of all parts.
 
     Args:
         layout: a name of `LAYOUTS`:
             'folders': `root/<subset>/<class>/*.mp4`.
-            'list': `<subset>.csv` or `.txt`, lines `video label`; videos below `root`.
-            'kinetics': `<subset>.csv` as published; the classes are those of train.csv, if it is there.
+            'list': `<subset>.csv` or `.txt`, lines `video,label`; videos below `root`.
+            'kinetics': `<subset>.csv` as published.
             'ssv2': labels.json, train.json, validation.json, with or without 'something-something-v2-' before.
-            'hmdb51': <class>_test_split<n>.txt; 'val' and 'test' are one.
-            'breakfast': no files of its own; 'val' and 'test' are one.
+            'hmdb51': <class>_test_split<n>.txt; 'val' and 'test' are the same.
+            'breakfast': no annotation files; 'val' and 'test' are the same.
             'huggingface': a dataset that `datasets` loads from the folder, with the columns video and label.
         root: the folder of the videos.
         subset: 'train', 'val' or 'test'.
@@ -43,7 +42,7 @@ def read_dataset(
         annotations: the folder of the annotation files, at any depth; `root` by default.
 
     Raises:
-        AnnotationError: an unknown layout, files that aren't there or aren't what they should be.
+        AnnotationError: an unknown layout, or files that don't exist or can't be read.
     """
     if layout not in LAYOUTS:
         raise AnnotationError(f"no layout {layout!r}; there are {', '.join(LAYOUTS)}")
@@ -53,12 +52,12 @@ def read_dataset(
 
 
 def with_classes(annotations: Annotations, classes: Sequence[str]) -> Annotations:
-    """The same videos, their classes numbered as in `classes`, e.g. a trained model's, of which there may be more.
+    """The same videos with their classes numbered as in `classes`, e.g. those of a trained model.
 
-    Where the dataset's classes are numbers and those of `classes` aren't, the numbers are taken for places among them.
+    If the dataset's classes are numbers and `classes` are names, the numbers are taken for indices of `classes`.
 
     Raises:
-        AnnotationError: the dataset has a class that isn't among them, or two of `classes` are called the same.
+        AnnotationError: the dataset has a class that isn't in `classes`, or two of `classes` have the same name.
     """
     number = {name: i for i, name in enumerate(classes)}
     if len(number) < len(classes):
@@ -76,10 +75,10 @@ def with_classes(annotations: Annotations, classes: Sequence[str]) -> Annotation
 
 
 def _folders(root: Path, annotations: Path, subset: str, split: int) -> Annotations:
-    folder = next((root / name for name in _ALSO[subset] if (root / name).is_dir()), None)
+    folder = next((root / name for name in PARTS[subset] if (root / name).is_dir()), None)
     if folder is None:
         raise AnnotationError(f"{root} has no folder {subset!r}; wanted {root}/{subset}/<class>/<video>.mp4")
-    train = root / "train"  # its classes number those of all parts
+    train = root / "train"
     classes = class_folders(train) if train.is_dir() else None
     own = class_folders(folder)
     if classes and (unknown := sorted(set(own) - set(classes))):
@@ -88,19 +87,22 @@ def _folders(root: Path, annotations: Path, subset: str, split: int) -> Annotati
 
 
 def _list(root: Path, annotations: Path, subset: str, split: int) -> Annotations:
-    file = _find(annotations, [f"{name}.{suffix}" for name in _ALSO[subset] for suffix in ("csv", "txt")])
-    return read_list(file, root, _classes_of_train(list_rows, file))
+    file = _find(annotations, [f"{name}{suffix}" for name in PARTS[subset] for suffix in LIST_SUFFIXES])
+    train = _train_list(file)
+    classes = list_classes(train, root) if train and train != file else None
+    return read_list(file, root, classes, subset)
 
 
 def _kinetics(root: Path, annotations: Path, subset: str, split: int) -> Annotations:
-    file = _find(annotations, [f"{name}.csv" for name in _ALSO[subset]])
-    return read_kinetics(file, root, _classes_of_train(kinetics_rows, file))
+    file = _find(annotations, [f"{name}.csv" for name in PARTS[subset]])
+    train = file.with_name("train.csv")
+    return read_kinetics(file, root, classes_of(kinetics_rows(train)) if train.is_file() else None)
 
 
-def _classes_of_train(rows: Callable[[Path], list], file: Path) -> list[str] | None:
-    """The classes of the training list beside a file: they number those of all parts."""
-    train = file.with_name("train" + file.suffix)
-    return classes_of(rows(train)) if train.is_file() else None
+def _train_list(file: Path) -> Path | None:
+    """The training list beside a list, if possible with the same suffix."""
+    names = [file.with_name("train" + suffix) for suffix in (file.suffix, *LIST_SUFFIXES)]
+    return next((path for path in names if path.is_file()), None)
 
 
 def _ssv2(root: Path, annotations: Path, subset: str, split: int) -> Annotations:
@@ -122,10 +124,10 @@ def _breakfast(root: Path, annotations: Path, subset: str, split: int) -> Annota
 
 def _huggingface(root: Path, annotations: Path, subset: str, split: int) -> Annotations:
     parts = load_huggingface(root)
-    name = next((name for name in _ALSO[subset] if name in parts), None)
+    name = next((name for name in PARTS[subset] if name in parts), None)
     if name is None:
         raise AnnotationError(f"{root} has the splits {', '.join(parts)}; there is no {subset!r} among them")
-    classes = classes_in(parts["train"]) if "train" in parts else None  # they number those of all parts
+    classes = classes_in(parts["train"]) if "train" in parts else None
     return read_huggingface(parts[name], classes=classes)
 
 

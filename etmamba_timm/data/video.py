@@ -1,9 +1,9 @@
-"""Frames of a video file by their number, decoding no more than must be.
+"""Frames of a video file by number, decoding as few as possible.
 
-A pass over the packets, without decoding them, gives every frame's time and so its number, also where the frame rate
-varies. To read, the file is entered at the keyframe before the first wanted frame and decoded from there; where the
-next wanted frame lies behind a later keyframe, the way between is skipped. Frames are known by their times; a file that
-does not tell them reliably is decoded from its start and its frames are counted: slower, never wrong.
+A first pass over the packets, without decoding, gives the time of every frame and so its number, even if the frame rate
+varies. Reading then seeks to the keyframe before the first wanted frame and decodes from there; if a later keyframe
+comes before the next wanted frame, it seeks again. Frames are identified by their times. A file whose times aren't
+reliable is decoded from its start and its frames are counted, which is slower but never wrong.
 """
 
 import logging
@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from . import ffmpeg
+from .embedded import EmbeddedVideo, VideoFile
 from .ffmpeg import VideoError
-from .huggingface import EmbeddedVideo
 
 _logger = logging.getLogger(__name__)
 
-_TIMED = ("mov", "matroska", "flv")  # containers that store when each frame is shown; elsewhere FFmpeg works it out
-_NEAR = 12  # frames that are decoded sooner than skipped
+_TIMED = ("mov", "matroska", "flv")  # containers that store display times; for others FFmpeg computes them
+_NEAR = 12  # up to so many frames are decoded rather than skipped
 _LATE = 16  # frames by which a decoder may be late; a wanted frame that is later is lost
 
 
@@ -37,14 +37,14 @@ class VideoInfo:
 
     Attributes:
         path: the file.
-        num_frames: frames that can be asked for.
-        height, width: of a frame as shown, i.e. turned, in pixels.
-        rotation: how far the stored frames are turned clockwise to be shown: 0, 90, 180 or 270 degrees.
-        fps: frames a second, on average; 0 if the file does not tell.
-        duration: seconds; 0 if the file does not tell.
+        num_frames: number of frames that can be read.
+        height, width: of a frame as displayed, after rotation, in pixels.
+        rotation: clockwise rotation of the stored frames for display: 0, 90, 180 or 270 degrees.
+        fps: average frames per second; 0 if unknown.
+        duration: in seconds; 0 if unknown.
     """
 
-    path: Path | EmbeddedVideo
+    path: VideoFile
     num_frames: int
     height: int
     width: int
@@ -54,26 +54,27 @@ class VideoInfo:
 
 
 class VideoReader:
-    """Reads frames of the video file at `path`, or of a video in a dataset's row; `info` says what it holds.
+    """Reads frames of the video file at `path`, or of a video in a dataset's row; `info` describes the video.
 
-    It keeps the file's index but not the file open: it needs no closing and can be pickled. Of several video streams it
-    reads the first. A frame that cannot be decoded is replaced by the nearest earlier one that can (by a later one, if
-    there is none); what a decoder patches up itself counts as decoded. One warning for each reader tells of such
-    frames, or that an mp4 is cut off and only its first part can be read. Mirroring and non-square pixels are ignored.
+    It keeps an index but no open file, so it needs no closing and can be pickled. Only the first video stream is read.
+    A frame that cannot be decoded is replaced by the nearest earlier frame (by a later one, if there is no earlier);
+    a frame that the decoder repairs counts as decoded. Each reader warns once of such frames, or of an mp4 that is cut
+    off and of which only the first part can be read. Mirroring and non-square pixels are ignored.
 
     Raises:
-        VideoError: there is no such file, it is empty, cut off or no video, or none of its frames can be decoded.
+        VideoError: the file doesn't exist, is empty, cut off or no video, or none of its frames can be decoded.
     """
 
     def __init__(self, path: str | Path | EmbeddedVideo) -> None:
         self.path = path if isinstance(path, EmbeddedVideo) else Path(path)
         self._warned = False
-        self._given: dict[int, int] | None = None  # times of packets that are worked out, by their places in the file
+        self._given: dict[int, int] | None = None  # computed times, by the packets' positions
         ffmpeg.check_file(self.path)
         with ffmpeg.opened(self.path) as (container, stream):
             timed, is_avi = container.format.name.startswith(_TIMED), container.format.name == "avi"
             codec = stream.codec_context.name
-            stored = []  # of each packet with a frame to show: time of showing, whether a keyframe, place and order
+            # For each packet with a frame to show: display time, is keyframe, position, decoding time, is B-frame.
+            stored: list[tuple[int | None, bool, int | None, int | None, bool | None]] = []
 
             def indexed() -> Iterator[av.Packet]:
                 for packet in ffmpeg.packets_of(container, stream):
@@ -83,29 +84,32 @@ class VideoReader:
                     yield packet
 
             packets = indexed()
-            first = next(ffmpeg.decode(packets, stream), None)  # it tells size and rotation
+            first = next(ffmpeg.decode(packets, stream), None)  # gives size and rotation
             deque(packets, maxlen=0)  # the rest isn't decoded
             self._tick = float(stream.time_base or 0)  # seconds
             rate = float(stream.average_rate or stream.guessed_rate or 0)
         if is_avi:
             self._given = ffmpeg.times_in_avi([packet[2:] for packet in stored])
-        shown = [(self._given[pos] if self._given else pts, is_key) for pts, is_key, pos, *_ in stored]
-        count, times = len(shown), {time for time, _ in shown}
+        given = self._given
+        shown = [(given[pos] if given and pos is not None else pts, is_key) for pts, is_key, pos, *_ in stored]
+        count, times = len(shown), {time for time, _ in shown if time is not None}
         if first is None:
             raise VideoError(
                 f"{self.path}: none of its {count} frames can be decoded; it looks damaged: copy or download it again"
             )
-        # Where times are in doubt, all frames must be seen to keep them.
-        known = None not in times and len(times) == count
+        # Times that may be wrong are checked by decoding all frames.
+        known = len(times) == count
         if not (known and (self._given or (timed and first.pts in times))):
-            seen = [frame.pts for frame in self._frames()]
-            if not (known and times.issuperset(seen) and seen == sorted(seen)):
-                known, count = False, len(seen)
+            frames = [frame.pts for frame in self._frames()]
+            seen = [time for time in frames if time is not None]
+            if not (known and len(seen) == len(frames) and times.issuperset(seen) and seen == sorted(seen)):
+                known, count = False, len(frames)
 
         self._times = sorted(times) if known else None  # of each frame; None: frames are counted instead
         self._keys = [0]  # numbers of the frames that decoding can start from
-        if known:
-            self._keys = sorted({0} | {bisect_left(self._times, time) for time, is_key in shown if is_key})
+        if self._times:
+            keys = {time for time, is_key in shown if is_key and time is not None}
+            self._keys = sorted({0} | {bisect_left(self._times, time) for time in keys})
             span = (self._times[-1] - self._times[0]) * self._tick
             rate = (count - 1) / span if span else rate
         turn = ffmpeg.rotation_of(first)
@@ -115,7 +119,7 @@ class VideoReader:
             self._warn(f"the file is cut off; only its first {count} frames can be read")
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        """The frames of these numbers, in any order, also repeated: uint8 [T, H, W, 3] RGB.
+        """The frames with these numbers, in any order, repeated or not: uint8 [T, H, W, 3] RGB.
 
         Raises:
             IndexError: a number is not in 0 ... num_frames - 1.
@@ -132,9 +136,9 @@ class VideoReader:
         return result if indices == wanted else result[[rows[i] for i in indices]]
 
     def stream(self, indices: Iterable[int]) -> Iterator[Tensor]:
-        """The frames of these numbers, ascending and each once, one after the other: uint8 [H, W, 3] RGB.
+        """The frames with these numbers in ascending order, each once and one at a time: uint8 [H, W, 3] RGB.
 
-        The file is decoded in one pass from its start, and nothing is kept: for many frames of a long video.
+        Decodes the file once from its start and keeps nothing in memory: for many frames of a long video.
 
         Raises:
             IndexError: as `read`.
@@ -147,14 +151,14 @@ class VideoReader:
             self._warn(f"{lost} of {len(wanted)} wanted frames cannot be decoded; the nearest ones stand in")
 
     def times(self) -> list[float]:
-        """When each frame is shown, in seconds from the first one on, ascending.
+        """The time of each frame in seconds after the first, ascending.
 
         Raises:
-            VideoError: the file tells no frame rate.
+            VideoError: the file has no frame rate.
         """
         if not self.info.fps:
             raise VideoError(f"{self.path}: doesn't tell when its frames are shown; convert it to mp4 with ffmpeg")
-        if self._times is not None and self._tick:
+        if self._times and self._tick:
             return [(time - self._times[0]) * self._tick for time in self._times]
         return [number / self.info.fps for number in range(self.info.num_frames)]
 
@@ -169,8 +173,9 @@ class VideoReader:
         return wanted
 
     def _read_from_keyframes(self, rows: dict[int, int], pictures: np.ndarray) -> list[int]:
-        """Fill `pictures[row]` for each of `{number: row}`, ascending; return those numbers that did not come."""
-        todo, missed = deque(rows), []
+        """Fill `pictures[row]` for each of `{number: row}`, ascending; return the numbers that weren't found."""
+        todo = deque(rows)
+        missed: list[int] = []
         with ffmpeg.opened(self.path) as file:
             while todo:
                 start = self._key_before(todo[0])
@@ -181,16 +186,16 @@ class VideoReader:
                     while todo and todo[0] < number - _LATE:
                         missed.append(todo.popleft())
                     if not todo or self._key_before(todo[0]) > max(start, number + _NEAR):
-                        break  # done, or the next one is had sooner from a later keyframe
+                        break  # done, or seeking to a later keyframe is quicker
                 else:
                     missed += todo
                     todo.clear()
         return missed
 
     def _read_from_start(self, missed: list[int], rows: dict[int, int], pictures: np.ndarray) -> int:
-        """Fill in these frames, ascending, with themselves or a stand-in; return the number of stand-ins.
+        """Fill in these frames, ascending, or their stand-ins; return the number of stand-ins.
 
-        A frame may not have come because it is damaged, but also because a stream calls frames keyframes that are none.
+        A frame may be missed as it is damaged, or as the stream marks frames as keyframes that are none.
         """
         stand_ins = 0
         for number, frame, is_own in self._in_one_pass(missed):
@@ -199,8 +204,9 @@ class VideoReader:
         return stand_ins
 
     def _in_one_pass(self, numbers: Iterable[int]) -> Iterator[tuple[int, av.VideoFrame, bool]]:
-        """For each of these ascending numbers: its frame or the one that stands in, and whether it is its own."""
-        todo, before = deque(numbers), None
+        """For each of these ascending numbers: its frame or a stand-in, and whether it is its own."""
+        todo = deque(numbers)
+        before: av.VideoFrame | None = None
         for number, frame in self._numbered(0):
             while todo and todo[0] < number:
                 yield todo.popleft(), before or frame, False
@@ -210,6 +216,8 @@ class VideoReader:
                 yield todo.popleft(), frame, True
             before = frame
         for number in todo:
+            if before is None:
+                raise VideoError(f"{self.path}: no frame can be decoded any more; the file has changed: read it anew")
             yield number, before, False
 
     def _key_before(self, number: int) -> int:
@@ -227,12 +235,13 @@ class VideoReader:
                     yield number, frame
 
     def _frames(self, start: int = 0, file: tuple | None = None) -> Iterator[av.VideoFrame]:
-        """The decodable frames in the order of showing, from keyframe `start` or an earlier one on.
+        """The decodable frames in display order, from keyframe `start` or an earlier one on.
 
-        `file` is the file if it is open; for `start` 0 as it was opened.
+        `file` is the open file, if there is one; for `start` 0 nothing may have been read from it.
         """
         with nullcontext(file) if file else ffmpeg.opened(self.path) as (container, stream):
-            if start:
+            packets: Iterator[av.Packet] | None
+            if start and self._times:
                 packets = ffmpeg.packets_from(container, stream, self._times[start])
             else:
                 packets = ffmpeg.packets_of(container, stream)
@@ -241,10 +250,10 @@ class VideoReader:
                     packets = ffmpeg.timed(packets, self._given)
                 yield from ffmpeg.decode(packets, stream)
                 return
-        yield from self._frames()  # the file cannot be entered there
+        yield from self._frames()  # the file can't be entered there
 
     def _picture(self, frame: av.VideoFrame) -> np.ndarray:
-        """A frame as shown: uint8 [H, W, 3] RGB. Should frames differ in size, the first one's holds."""
+        """A frame as displayed: uint8 [H, W, 3] RGB. If frames differ in size, they are scaled to the first one's."""
         height, width, turn = self.info.height, self.info.width, self.info.rotation
         if turn % 180:
             height, width = width, height
@@ -261,7 +270,7 @@ class VideoReader:
 
 
 def probe(path: str | Path) -> VideoInfo:
-    """What the video file at `path` holds; raises VideoError as VideoReader does."""
+    """Describes the video file at `path`; raises VideoError as VideoReader does."""
     return VideoReader(path).info
 
 

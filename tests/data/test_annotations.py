@@ -1,32 +1,21 @@
-"""Each dataset's official files, in small trees of their official layout. Nothing is decoded, so files may be empty."""
+"""Each dataset's official files, in small trees of their official layout. Where nothing is decoded, files are empty."""
 
 import json
-from pathlib import Path
 
 import pytest
+from trees import found, tree
+from videos import numbers, write_video
 
 from etmamba_timm.data import (
     AnnotationError,
+    VideoReader,
     read_breakfast,
     read_folders,
     read_hmdb51,
     read_kinetics,
-    read_list,
     read_ssv2,
 )
-
-
-def tree(root: Path, *names: str) -> Path:
-    for name in names:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    return root
-
-
-def found(annotations, root: Path) -> list[tuple[str, str]]:
-    """(path below root, class name) of each sample."""
-    return [(path.relative_to(root).as_posix(), annotations.classes[label]) for path, label in annotations.samples]
+from etmamba_timm.data.annotations import SUFFIXES
 
 
 def test_folders(tmp_path):
@@ -42,68 +31,69 @@ def test_folders(tmp_path):
         read_folders(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "a b.mp4 0\nsub/c.mp4 2\n",
-        "a b.mp4,0\nsub/c.mp4,2\n",
-        "# a comment\n\nvideo,label\na b.mp4,0\nsub/c.mp4,2",
-        '"a b.mp4"\t0\n"sub/c.mp4"\t2',
-        "\ufeffa b.mp4 0\r\nsub/c.mp4 2\r\n",
-        "path,class_id\na b.mp4,0\nsub/c.mp4,2\n",
-    ],
-)
-def test_list_of_numbers(tmp_path, text):
-    root = tree(tmp_path, "a b.mp4", "sub/c.mp4")
-    (root / "list.txt").write_text(text, encoding="utf-8")
-    read = read_list(root / "list.txt")
-    assert [(p.relative_to(root).as_posix(), label) for p, label in read.samples] == [("a b.mp4", 0), ("sub/c.mp4", 2)]
-    assert read.classes == ["0", "1", "2"]
+# Of each suffix, a codec that such files may hold; the others are written as mp4 and renamed.
+CODECS = {
+    **dict.fromkeys((".gif", ".apng", ".dv"), None),
+    **dict.fromkeys((".webm", ".ogv", ".ogm", ".ivf"), "libvpx"),
+    **dict.fromkeys((".avi", ".divx", ".xvid"), "mpeg4"),
+    **dict.fromkeys((".wmv", ".asf"), "wmv2"),
+    **dict.fromkeys((".rm", ".rmvb"), "rv20"),
+    **dict.fromkeys((".mjpeg", ".mjpg"), "mjpeg"),
+    **dict.fromkeys((".hevc", ".h265", ".265"), "libx265"),
+    **dict.fromkeys((".mpg", ".mpeg", ".mpe", ".mpv", ".m1v", ".m2v", ".m2p", ".vob", ".mxf"), "mpeg2video"),
+}
+WRITTEN_AS = {
+    **{".mpe": ".mpg", ".mpv": ".m2v", ".m2p": ".mpg", ".m1v": ".m2v", ".m2t": ".ts", ".ogm": ".ogv", ".rmvb": ".rm"},
+    **{".divx": ".avi", ".xvid": ".avi", ".mk3d": ".mkv", ".qt": ".mov", ".3gpp": ".3gp", ".264": ".h264"},
+    **{".265": ".hevc", ".h265": ".hevc", ".mjpg": ".mjpeg"},
+}
 
 
-def test_list_of_names(tmp_path):
-    root = tree(tmp_path / "videos", "a.mp4", "b.mp4")
-    path = tmp_path / "list.csv"
-    path.write_text("a.mp4,walk\nb.mp4,run\n")
-    assert found(read_list(path, root), root) == [("a.mp4", "walk"), ("b.mp4", "run")]
-    assert read_list(path, root).classes == ["run", "walk"]
-    assert read_list(path, root, ["walk", "run", "sit"]).classes == ["walk", "run", "sit"]
-    with pytest.raises(AnnotationError, match=r"labels \['run'\] are none of the 1 classes"):
-        read_list(path, root, ["walk"])
-    path.write_text('a.mp4,"Putting a, b on c"\nb.mp4,run\n')
-    assert found(read_list(path, root), root) == [("a.mp4", "Putting a, b on c"), ("b.mp4", "run")]
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_the_reader_reads_what_a_folder_takes(tmp_path, suffix):
+    """Every suffix that is taken for a video, in a real file of that form."""
+    (tmp_path / "class").mkdir()
+    written = tmp_path / f"written{WRITTEN_AS.get(suffix, suffix)}"
+    codec, form, size = CODECS.get(suffix, "libx264"), "yuv420p", (48, 64)
+    if codec is None:
+        codec, form = {".gif": ("gif", "rgb8"), ".apng": ("apng", "rgb24"), ".dv": ("dvvideo", "yuv420p")}[suffix]
+    if suffix in (".dv", ".mxf"):
+        size = (576, 720)  # these forms have fixed sizes
+    write_video(written, 20, *size, codec=codec, pix_fmt="yuvj420p" if codec == "mjpeg" else form)
+    written.rename(tmp_path / "class" / f"video{suffix.upper()}")
+    ((path, _),) = read_folders(tmp_path).samples
+    assert numbers(VideoReader(path).read([0, 7, 19])) == [0, 7, 19]
 
 
-def test_names_with_commas_in_a_list_that_spaces_separate(tmp_path):
-    root = tree(tmp_path, "a.mp4", "x,y.mp4")
-    (root / "list.txt").write_text("a.mp4 0\nx,y.mp4 1\n")
-    assert found(read_list(root / "list.txt"), root) == [("a.mp4", "0"), ("x,y.mp4", "1")]
+def test_files_that_are_left_out_are_counted(tmp_path, caplog):
+    names = [
+        "run/a.mp4",
+        "run/a.json",
+        "run/b.json",
+        "jump/c.mp4",
+        "jump/1.jpg",
+        "jump/x/README",
+        "loose.mp4",
+        "list.csv",
+    ]
+    root = tree(tmp_path, *names, "run/.b.json")
+    assert len(read_folders(root).samples) == 2
+    assert "3 files" not in caplog.text
+    assert "4 files in folders of classes are left out, as they are no videos by their suffix: " in caplog.text
+    assert "2 .json, 1 .jpg (pictures), 1 without suffix; first " + str(root / "jump/1.jpg") in caplog.text
+    assert f"1 videos lie in no folder of a class, first {root / 'loose.mp4'}" in caplog.text
+    caplog.clear()
+    read_folders(tree(tmp_path / "clean", "run/a.mp4", "jump/b.gif"))
+    assert not caplog.text
+    with pytest.raises(AnnotationError, match=r"they hold 2 .png \(pictures\): make a video of each folder"):
+        read_folders(tree(tmp_path / "frames", "run/a/1.png", "run/a/2.png"))
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "lists no videos"),
-        ("a.mp4 0\nlonely.mp4\n", "line 2: 'lonely.mp4' has no label"),
-        ("a.mp4 0\nb.mp4 7\n", r"labels \['7'\]"),
-        ("a.mp4,0\nb.mp4,\n", "line 2: 'b.mp4,' has no label"),
-        ("a.mp4,0\nb.mp4,1\nb.mp4 1\n", "line 3: 'b.mp4 1' has no label"),
-        ("a.mp4 -1\nb.mp4 1\na.mp4 1\n", "line 1: the label '-1' is no whole number"),
-        ("a.mp4 0\nb.mp4 1\na.mp4 -1\n", "line 3: the label '-1' is no whole number, as most others are"),
-    ],
-)
-def test_bad_lists(tmp_path, text, message):
-    root = tree(tmp_path, "a.mp4", "b.mp4")
-    (root / "list.txt").write_text(text)
-    with pytest.raises(AnnotationError, match=message):
-        read_list(root / "list.txt", classes=["zero", "one"])
-
-
-def test_a_number_too_large_for_a_class(tmp_path):
-    root = tree(tmp_path, "a.mp4")
-    (root / "list.txt").write_text("a.mp4,3,104857600\n")
-    with pytest.raises(AnnotationError, match="104857600 is a label; numbered classes end below 100000"):
-        read_list(root / "list.txt")
+def test_of_files_with_one_name_the_usual_suffix_is_taken(tmp_path):
+    root = tree(tmp_path / "hmdb51", "wave/one.gif", "wave/one.avi", "wave/two.gif")
+    tree(tmp_path, "splits/x")
+    (tmp_path / "splits" / "wave_test_split1.txt").write_text("one.avi 1 \ntwo.avi 1 \n")
+    assert [path for path, _ in found(read_hmdb51(root, tmp_path / "splits"), root)] == ["wave/one.avi", "wave/two.gif"]
 
 
 def test_links_are_followed_and_end(tmp_path, caplog):
@@ -113,18 +103,6 @@ def test_links_are_followed_and_end(tmp_path, caplog):
     (root / "run" / "back").symlink_to(root / "run")
     assert found(read_folders(root), root) == [("jump/b.wmv", "jump"), ("run/a.mp4", "run"), ("run/more/c.mp4", "run")]
     assert "in 1 of 3 classes, first sit" in caplog.text
-
-
-def test_missing_videos_are_counted_and_too_many_are_an_error(tmp_path, caplog):
-    root = tree(tmp_path, "a.mp4", "b.mp4")
-    (root / "list.txt").write_text("a.mp4 0\nb.mp4 1\ngone.mp4 1\n")
-    read = read_list(root / "list.txt")
-    assert [label for _, label in read.samples] == [0, 1]
-    assert [Path(name).name for name in read.missing] == ["gone.mp4"]
-    assert "1 of 3 videos are missing and left out" in caplog.text
-    (root / "list.txt").write_text("a.mp4 0\n" + "".join(f"gone{i}.mp4 1\n" for i in range(3)))
-    with pytest.raises(AnnotationError, match="lists 4 videos, 3 of which aren't there"):
-        read_list(root / "list.txt")
 
 
 def test_kinetics(tmp_path):

@@ -13,10 +13,10 @@ def model_card(title: str, config: Mapping, params: int, dtype: str, model_id: s
 
     Args:
         title: its heading.
-        config: the config.json; blocks `clip`, `label_names` and `card` are heeded.
-        params: the model's parameters, counted.
-        dtype: that most weights are stored in.
-        model_id: what `timm.create_model` takes; None for a placeholder.
+        config: the contents of config.json, with the blocks `clip`, `label_names` and `card`.
+        params: number of the model's parameters.
+        dtype: the dtype that most weights are stored in.
+        model_id: the name that `timm.create_model` takes; None for a placeholder.
     """
     card, clip = config.get("card", {}), Clip.from_config(config["clip"])
     cfg = config["pretrained_cfg"]
@@ -25,7 +25,7 @@ def model_card(title: str, config: Mapping, params: int, dtype: str, model_id: s
     licence = card.get("licence") or cfg.get("license")
     rows = {
         "Architecture": f"`{config['architecture']}` of etmamba_timm",
-        "Parameters": f"{params:,}, counted; stored in {dtype}",
+        "Parameters": f"{params:,}; stored in {dtype}",
         "Clip": f"{clip.num_frames} frames of {height}×{width}, {clip.spacing}",
         "Classes": config["num_classes"] or "none: features alone",
         "Source": card.get("source"),
@@ -45,7 +45,7 @@ def model_card(title: str, config: Mapping, params: int, dtype: str, model_id: s
 
 
 def _front_matter(licence: str | None) -> str:
-    known = KNOWN_LICENCES.get(licence)
+    known = KNOWN_LICENCES.get(licence or "")
     lines = ["---", "library_name: timm", "pipeline_tag: video-classification"]
     lines += ["tags:", "- video-classification", "- timm", "- etmamba_timm"]
     if known:

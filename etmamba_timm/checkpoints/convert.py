@@ -1,4 +1,4 @@
-"""From a checkpoint file of any origin to a folder in the Hub's layout.
+"""Converts a checkpoint of any origin to a folder in the Hub's layout.
 
 report = convert_checkpoint("videomamba_m16_k400_f8_res224.pth", "folder", tag="videomamba_m.k400_f8")
 print(report.text())
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..clip import Stride
+from ..models import EtMamba
 from .card import model_card
 from .errors import CheckpointError
 from .manifest import Checkpoint, find_checkpoint
@@ -41,7 +42,7 @@ class KeyReport:
     unused: list[str] = field(default_factory=list)
 
     def text(self) -> str:
-        """Counts, and names where there are few."""
+        """Counts, with names where there are few."""
         lines = [f"architecture  {self.architecture}"]
         for kind in ("loaded", "converted", "resampled", "fresh", "unused"):
             keys = getattr(self, kind)
@@ -67,9 +68,9 @@ def convert_checkpoint(
     Args:
         source: what `read_checkpoint` takes: VideoMamba's .pth, a training checkpoint, safetensors, a folder.
         folder: a path that doesn't exist yet, or an empty folder.
-        tag: the manifest's name of this checkpoint; its class names, licence and figures are then written too.
-        num_frames, img_size: what positions are resampled to; None leaves them. For a picture that is no square,
-            img_size is also what they are read as.
+        tag: this checkpoint's name in the manifest; its class names, licence and figures are then written too.
+        num_frames, img_size: resample the positions to these; None keeps them. If the file was made for a picture that
+            isn't square, img_size also says which.
         dtype: of the weights in the file; see `save_checkpoint`.
         label_names: the classes' names, in order.
         stride: frames from one of a clip to the next, or 'spread' over the whole video.
@@ -93,7 +94,8 @@ def convert_checkpoint(
         pretrained_cfg_overlay={"state_dict": checkpoint},
         num_frames=num_frames,
         img_size=img_size,
-    ).eval()
+    )
+    assert isinstance(model, EtMamba)
     report = report_keys(checkpoint, model.state_dict())
     names = entry.label_names(entry.config()) if entry else None
     config = checkpoint.config
@@ -108,7 +110,7 @@ def convert_checkpoint(
         folder,
         dtype=dtype,
         label_names=label_names or names,
-        stride=next((s for s in (stride, checkpoint.clip.stride, entry and entry.stride) if s is not None), None),
+        stride=stride or checkpoint.clip.stride or (entry.stride if entry else None),
         card={key: value for key, value in card.items() if value},
         readme=lambda config: model_card(tag or Path(folder).resolve().name, config, params, stored),
     )

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ def find_pretrained(
         entry = find_checkpoint(variant)
     elif not cfg:
         cfg = {**base_cfg, "architecture": variant}
-    stated = asdict(cfg) if is_dataclass(cfg) and not isinstance(cfg, type) else cfg if isinstance(cfg, Mapping) else {}
+    stated = asdict(cfg) if isinstance(cfg, PretrainedCfg) else cfg if isinstance(cfg, Mapping) else {}
     source = {**base_cfg, **(entry.cfg() if entry else stated), **overlay}
     checkpoint, config = None, entry.config() if entry else _config_of(source, cache_dir)
     if pretrained:
@@ -117,19 +117,17 @@ def find_pretrained(
         model_args |= (config.model_args if config else {}) | arguments_for(checkpoint, variant, given)
         _check_promise(checkpoint, entry)
     overlay = (config.data_cfg if config else {}) | overlay
-    overlay.pop("state_dict", None)
-    names, num_classes = source.get("label_names"), source["num_classes"]
-    if checkpoint is not None:
-        overlay["num_classes"] = num_classes = checkpoint.num_classes
-        is_classifier = entry is not None and entry.is_classifier and entry.num_classes == num_classes
-        names = checkpoint.label_names or (entry.label_names(config) if entry and is_classifier else ())
-    # Names of other classes than the model's would be wrong, and of a fresh classifier's too.
-    classes = given.get("num_classes", model_args.get("num_classes", num_classes))
-    overlay["label_names"] = tuple(names) if names and len(names) == classes and not is_warm_start else None
-    strides = (config and config.clip and config.clip.stride, entry and entry.stride)
-    return Pretrained(
-        checkpoint, is_warm_start, cfg, overlay, model_args, next((s for s in strides if s is not None), None)
-    )
+    overlay.pop("state_dict", None)  # it is read, and would stay in the model's cfg
+    names = source.get("label_names")
+    if checkpoint is not None and not is_warm_start:
+        overlay["num_classes"] = checkpoint.num_classes
+        names = _label_names(checkpoint, entry, config)
+    classes = given.get("num_classes", overlay.get("num_classes", source["num_classes"]))
+    overlay["label_names"] = tuple(names) if names and len(names) == classes else None  # a fresh classifier has none
+    stride = config.clip.stride if config and config.clip else None
+    if stride is None and entry is not None:
+        stride = entry.stride
+    return Pretrained(checkpoint, is_warm_start, cfg, overlay, model_args, stride)
 
 
 def fetch(repo: str, filename: str, cache_dir: str | Path | None = None) -> Path:
@@ -147,13 +145,13 @@ def fetch(repo: str, filename: str, cache_dir: str | Path | None = None) -> Path
         DownloadError: the Hub can't be reached, is too slow, or doesn't have the file.
     """
     repo_id, _, revision = repo.partition("@")
-    where = {"repo_id": repo_id, "filename": filename, "revision": revision or None}
-    cached = try_to_load_from_cache(**where, cache_dir=cache_dir)
+    at = revision or None
+    cached = try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=at)
     if isinstance(cached, str):
         return Path(cached)
     try:
-        get_hf_file_metadata(hf_hub_url(**where), timeout=TIMEOUT)
-        return Path(hf_hub_download(**where, cache_dir=cache_dir, etag_timeout=TIMEOUT))
+        get_hf_file_metadata(hf_hub_url(repo_id, filename, revision=at), timeout=TIMEOUT)
+        return Path(hf_hub_download(repo_id, filename, revision=at, cache_dir=cache_dir, etag_timeout=TIMEOUT))
     except Exception as error:  # of requests or httpx, by huggingface_hub's version
         absent = isinstance(error, EntryNotFoundError)
         raise (_NotThereError if absent else DownloadError)(
@@ -230,6 +228,15 @@ def _config_of(source: Mapping, cache_dir: str | Path | None) -> HubConfig | Non
     return read_config(Path(path).parent) if isinstance(path, str) else None
 
 
+def _label_names(
+    checkpoint: LoadedCheckpoint, entry: Checkpoint | None, config: HubConfig | None
+) -> tuple[str, ...] | None:
+    """Names of the checkpoint's classes: its own, else those that the manifest knows for so many."""
+    if checkpoint.label_names or entry is None or not entry.is_classifier:
+        return checkpoint.label_names
+    return entry.label_names(config) if entry.num_classes == checkpoint.num_classes else ()
+
+
 def _check_promise(checkpoint: LoadedCheckpoint, entry: Checkpoint | None) -> None:
     """Warns of a file that was made for other clips than the manifest says."""
     if entry is None:
@@ -243,7 +250,7 @@ def _check_promise(checkpoint: LoadedCheckpoint, entry: Checkpoint | None) -> No
         )
 
 
-def registered_cfgs(base_cfg: dict, names: tuple[str, ...]) -> dict[str, dict | PretrainedCfg]:
+def registered_cfgs(base_cfg: dict, names: tuple[str, ...]) -> dict[str, dict]:
     """timm's cfgs for these names: one for each checkpoint in the manifest, and one without weights where none is."""
     cfgs = {entry.name: {**base_cfg, **entry.cfg()} for entry in manifest().values()}
     tagged = {name.partition(".")[0] for name in cfgs}

@@ -1,4 +1,4 @@
-"""What checkpoints there are: `weights/manifest.json`. The registry reads it, so that adding weights is adding data."""
+"""The checkpoints in `weights/manifest.json`. The zoo reads them from there, so adding weights is adding data."""
 
 import json
 from dataclasses import dataclass, field
@@ -22,17 +22,16 @@ class Checkpoint:
         status: 'published' on the Hub, 'local' (a folder in `weights/`), or 'warm start': weights of another
             architecture that a fresh model starts from, and no classifier.
         source: {"repo", "file"} and perhaps "revision" on the Hub, or {"folder"} in `weights/`.
-        sha256, size: of the file, in hexadecimal digits and bytes; None where they aren't known.
+        sha256, size: of the file, in hexadecimal digits and bytes; None if unknown.
         licence: in words.
         num_frames: of the clips it was trained on; 1 for images.
         img_size: their height and width, in pixels.
-        num_classes: of its classifier; None without one.
-        labels: where its class names are, a key of `LABELS` or 'config.json' beside its weights; None where they
-            aren't known.
+        num_classes: of its classifier; None if it has none.
+        labels: where its class names are: a key of `LABELS`, or 'config.json' beside its weights; None if unknown.
         stride: frames from one of a clip to the next, or 'spread'; see `Clip`.
-        trained_on, started_from: data set, and what came before.
+        trained_on, started_from: the dataset, and the weights that training started from.
         figures: [{"dataset", "metric", "value", "views", "whose"}], views {"frames", "crops", "clips"} or None.
-        note: what else is worth knowing.
+        note: anything else worth knowing.
     """
 
     name: str
@@ -54,20 +53,20 @@ class Checkpoint:
 
     @property
     def folder(self) -> Path | None:
-        """The folder in `weights/` of a local checkpoint."""
+        """The folder of a local checkpoint in `weights/`; None for others."""
         return weights_folder() / self.source["folder"] if "folder" in self.source else None
 
     @property
     def is_classifier(self) -> bool:
-        """Whether its classes mean something; not so of a warm start."""
+        """Whether it classifies; a warm start doesn't."""
         return self.status != "warm start" and bool(self.num_classes)
 
     def config(self) -> HubConfig | None:
-        """The config.json of a local checkpoint; None for one that isn't there, or on the Hub."""
+        """The config.json of a local checkpoint; None if it is missing, or the checkpoint is on the Hub."""
         return read_config(self.folder) if self.folder else None
 
     def model_args(self, config: HubConfig | None) -> dict:
-        """Constructor arguments that it asks for, beside its architecture's own; `config` is its config.json."""
+        """Constructor arguments beyond its architecture's; `config` is its config.json."""
         return {"num_frames": self.num_frames, "img_size": self.img_size} | (config.model_args if config else {})
 
     def label_names(self, config: HubConfig | None) -> tuple[str, ...] | None:
@@ -77,8 +76,8 @@ class Checkpoint:
         return label_names(self.labels)
 
     def cfg(self) -> dict:
-        """What timm's PretrainedCfg is to know of it. Without a source, timm doesn't list it as pretrained."""
-        cfg = {"license": self.licence, "input_size": (3, self.img_size, self.img_size)}
+        """The fields of timm's PretrainedCfg. Without a source, timm doesn't list it as pretrained."""
+        cfg: dict = {"license": self.licence, "input_size": (3, self.img_size, self.img_size)}
         if self.is_classifier:
             cfg["num_classes"] = self.num_classes
         if self.folder is None:
@@ -94,15 +93,15 @@ class Checkpoint:
 
 
 def weights_folder() -> Path:
-    """The folder `weights/`: within the package where it is installed, beside it in a clone.
+    """The folder `weights/`: inside an installed package, beside it in a clone.
 
     Raises:
-        RuntimeError: neither has it.
+        RuntimeError: it is in neither place.
     """
     for folder in (PACKAGE / "weights", PACKAGE.parent / "weights"):
         if (folder / "manifest.json").is_file():
             return folder
-    raise RuntimeError(f"weights/manifest.json is neither in {PACKAGE} nor beside it: install the package again")
+    raise RuntimeError(f"weights/manifest.json is neither in {PACKAGE} nor beside it; install the package again")
 
 
 @cache
@@ -113,14 +112,14 @@ def manifest() -> dict[str, Checkpoint]:
 
 
 def find_checkpoint(name: str) -> Checkpoint | None:
-    """The checkpoint that a name with a tag stands for, or the default one of a name without; None without any."""
+    """The checkpoint of a name with a tag, or the default one of a name without a tag; None if there is none."""
     if "." in name:
         return manifest().get(name)
     return next((entry for entry in manifest().values() if entry.architecture == name), None)
 
 
 def label_names(labels: str | None) -> tuple[str, ...] | None:
-    """The class names of a data set in `LABELS`, as torchvision carries them; None for None."""
+    """The class names of a dataset in `LABELS`, which torchvision carries; None for None."""
     return None if labels is None else tuple(LABELS[labels]())
 
 

@@ -27,20 +27,20 @@ FIGURE_KEYS = ("dataset", "metric", "value", "whose")
 
 
 class PublishError(RuntimeError):
-    """The Hub didn't take it."""
+    """The Hub refused the upload, or can't be reached."""
 
 
 @dataclass(frozen=True)
 class HubFolder:
-    """A folder that was checked.
+    """A folder that passed the check.
 
     Attributes:
-        path: where it is.
-        config: what config.json is to say.
-        params: the model's parameters, counted.
-        dtype: that most of its weights are stored in.
+        path: the folder.
+        config: the contents of config.json to publish.
+        params: number of the model's parameters.
+        dtype: the dtype that most weights are stored in.
         sha256, size: of model.safetensors, in hexadecimal digits and bytes.
-        left_out: files in it that aren't published.
+        left_out: files in the folder that aren't published.
     """
 
     path: Path
@@ -56,7 +56,7 @@ class HubFolder:
         return model_card(repo.rpartition("/")[2], self.config, self.params, self.dtype, f"hf-hub:{repo}")
 
     def manifest_entry(self, repo: str) -> dict:
-        """What `weights/manifest.json` is to say of it once it's published."""
+        """Its entry in `weights/manifest.json` once it is published."""
         clip, card = self.config.get("clip", {}), self.config.get("card", {})
         return {
             "architecture": self.config["architecture"],
@@ -77,11 +77,11 @@ class HubFolder:
 
 
 def check_folder(path: str | Path, licence: str | None = None) -> HubFolder:
-    """Loads the model of a folder as anyone would, and checks what its config.json says of it.
+    """Loads a folder's model as any user would, and checks its config.json.
 
     Args:
-        path: of the folder, which is left as it is.
-        licence: instead of the one that config.json states, e.g. 'Apache-2.0'.
+        path: the folder; it isn't changed.
+        licence: replaces the one in config.json, e.g. 'Apache-2.0'.
 
     Raises:
         CheckpointError: as `read_checkpoint`; also a file that is missing, clips or a licence that aren't stated, or a
@@ -131,18 +131,18 @@ def _problems(config: HubConfig, licence: str | None) -> list[str]:
 
 
 def publish(folder: HubFolder, repo: str, *, private: bool = False, revision: str | None = None) -> str:
-    """Uploads model.safetensors, config.json and a new model card, in one commit; makes the repository if need be.
+    """Uploads model.safetensors, config.json and a new model card, in one commit; creates the repository if needed.
 
     Args:
         folder: from `check_folder`.
         repo: 'org/name'.
         private: whether a new repository is private.
-        revision: a branch that is there, of a repository that is there; None for 'main'.
+        revision: an existing branch of an existing repository; None for 'main'.
 
     Returns: the commit's address.
 
     Raises:
-        ValueError: no such name of a repository is possible.
+        ValueError: `repo` can't be a repository's name.
         PublishError: the Hub can't be reached, or refuses.
     """
     check_repo(repo)
@@ -154,21 +154,21 @@ def publish(folder: HubFolder, repo: str, *, private: bool = False, revision: st
     api = HfApi(library_name="etmamba_timm")
     message = f"{folder.config['architecture']}, {folder.params:,} parameters"
     try:
-        if revision is None:  # a branch that is there is in a repository that is there
+        if revision is None:  # an existing branch means an existing repository
             api.create_repo(repo, private=private, exist_ok=True)
         return str(api.create_commit(repo, operations, commit_message=message, revision=revision).commit_url)
     except Exception as error:  # of requests or httpx, by huggingface_hub's version
         raise PublishError(
-            f"{repo} can't be published on {constants.ENDPOINT} ({first_line(error)}). If it is for want of a login: "
+            f"{repo} can't be published on {constants.ENDPOINT} ({first_line(error)}). If you aren't logged in: "
             "`hf auth login` or HF_TOKEN, with a token that may write there"
         ) from error
 
 
 def check_repo(repo: str) -> None:
-    """Raises ValueError unless `repo` is a name 'org/name' that a repository can have."""
+    """Raises ValueError unless `repo` is a possible name 'org/name'."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise ValueError(f"{repo!r} is no name of a repository ({first_line(error)})") from None
+        raise ValueError(f"{repo!r} can't be a repository's name ({first_line(error)})") from None
     if repo.count("/") != 1:
-        raise ValueError(f"{repo!r} is no name of a repository; give 'org/name'")
+        raise ValueError(f"{repo!r} can't be a repository's name; give 'org/name'")

@@ -255,10 +255,11 @@ def _check_config(config: HubConfig, facts: dict[str, Any]) -> None:
         if facts[key] != value:
             said = f"model_args.{key}" if key in config.model_args else f"architecture {config.architecture!r}, {key}"
             raise CheckpointError(f"{config.path}: {said} is {value!r}, but the weights have {facts[key]!r}")
-    for said, what, there in (
-        (config.num_classes, "classes", facts["num_classes"]),
-        (len(config.label_names) or facts["num_classes"], "label names", facts["num_classes"]),
-        (config.clip.num_frames if config.clip else facts["num_frames"], "frames", facts["num_frames"]),
+    classes, frames = facts["num_classes"], facts["num_frames"]
+    for stated, what, there in (
+        (config.num_classes, "classes", classes),
+        (len(config.label_names) or classes, "label names", classes),
+        (config.clip.num_frames if config.clip else frames, "frames", frames),
     ):
-        if said != there:
-            raise CheckpointError(f"{config.path} says {said} {what}, but the weights have {there}")
+        if stated != there:
+            raise CheckpointError(f"{config.path} says {stated} {what}, but the weights have {there}")

@@ -1,4 +1,4 @@
-"""A model into a folder in the Hub's layout: model.safetensors and config.json."""
+"""Saves a model as a folder in the Hub's layout: model.safetensors and config.json."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from ..clip import Clip, Stride
 from ..models import EtMamba
 from .config import CONFIG_FILE, WEIGHTS_FILE
 
-# Few, and used in float32 in any model: halving them would cost accuracy and save nothing.
+# Few, and used in float32 by every model: halving them would cost accuracy and save nothing.
 KEPT_IN_FLOAT32 = ("A_log", "A_b_log", "D", "D_b", "dt_proj.bias", "dt_proj_b.bias")
 
 
@@ -33,14 +33,14 @@ def save_checkpoint(
     """Writes a model to a new folder, whole or not at all; `timm.create_model("local-dir:FOLDER")` reads it.
 
     Args:
-        model: one that timm or an entry point built; its constructor arguments go to `model_args` of config.json.
-        folder: a path where nothing is yet, or an empty folder.
-        dtype: of the weights in the file, but for those that the scan uses in float32; None for their own. In float32
-            they come back bit by bit.
+        model: built by timm or an entry point; its constructor arguments go to `model_args` of config.json.
+        folder: a path that doesn't exist yet, or an empty folder.
+        dtype: of the stored weights, except those that the scan uses in float32; None keeps their own. A float32
+            model comes back bit by bit.
         label_names: the classes' names, in order; None for those of the model's `pretrained_cfg`.
-        stride: of its clips: frames from one to the next, or 'spread' over the whole video; None for the model's own.
-        card: what a model card needs, {"licence", "source", "recipe", "figures", "notes"}, all optional.
-        readme: the text of README.md for what config.json holds; None for no such file.
+        stride: frames from one of a clip to the next, or 'spread' over the whole video; None for the model's own.
+        card: what the model card says, {"licence", "source", "recipe", "figures", "notes"}, all optional.
+        readme: makes the text of README.md from the contents of config.json; None for no such file.
 
     Raises:
         FileExistsError: the folder isn't empty.
@@ -48,14 +48,16 @@ def save_checkpoint(
     """
     folder = Path(folder).resolve()  # of '.' too
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is there already; name another folder, or remove it")
+        raise FileExistsError(f"{folder} exists already; name another folder, or remove it")
     names = list(label_names or model.pretrained_cfg.get("label_names") or ())
     if names and len(names) != model.num_classes:
-        raise ValueError(f"there are {len(names)} label names for {model.num_classes} classes; give one for each")
+        raise ValueError(f"{len(names)} label names for {model.num_classes} classes; give one for each")
     clip = Clip(model.num_frames, model.stride if stride is None else stride)
-    blocks: dict = (
-        {"clip": clip.to_config()} | ({"label_names": names} if names else {}) | ({"card": dict(card)} if card else {})
-    )
+    blocks: dict = {"clip": clip.to_config()}
+    if names:
+        blocks["label_names"] = names
+    if card:
+        blocks["card"] = dict(card)
     tensors = stored_tensors(model.state_dict(), dtype)
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))

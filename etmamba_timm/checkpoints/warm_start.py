@@ -1,4 +1,4 @@
-"""A VideoMamba checkpoint -> the weights that an ETMamba starts from: VideoMamba pruned, not a mixture of its weights.
+"""Starts an ETMamba from a VideoMamba checkpoint: VideoMamba pruned, not a mixture of its weights.
 
 VideoMamba's mixer is a sum over pairs of a channel and a direction, `Σ out_c · (SSM_f(u)_c + SSM_b(u)_c) · SiLU(z_c)`;
 each of the 2·E_v pairs has its own short convolution, Δ, A and D. EBS keeps E of them. A channel of EBS computes its

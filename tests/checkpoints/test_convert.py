@@ -177,4 +177,4 @@ class TestCommand:
 
     def test_a_folder_that_is_there(self, upstream, tmp_path, capsys):
         assert main(["convert", str(upstream), str(tmp_path)]) == 2
-        assert "is there already; name another folder" in capsys.readouterr().err
+        assert "exists already; name another folder" in capsys.readouterr().err

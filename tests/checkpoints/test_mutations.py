@@ -56,7 +56,7 @@ def mutate(config: dict, draw: random.Random) -> dict:
         node, key = draw.choice(places)
         what = draw.choice(["replace", "replace", "remove", "rename"])
         if what == "replace" or isinstance(node, list):
-            node[key] = draw.choice(VALUES)
+            node[key] = copy.deepcopy(draw.choice(VALUES))
         elif what == "remove":
             del node[key]
         else:

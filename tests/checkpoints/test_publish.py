@@ -50,7 +50,7 @@ def test_the_card_says_what_there_is_to_say(folder):
     assert "image-classification" not in header
     for line in (
         "# tiny",
-        f"- Parameters: {checked.params:,}, counted; stored in float32",
+        f"- Parameters: {checked.params:,}; stored in float32",
         "- Clip: 2 frames of 32×32, 2 apart",
         "- Source: scratch",
         "- Licence: Apache-2.0",
@@ -129,7 +129,7 @@ def test_weights_that_are_not_finite(folder):
 @pytest.mark.parametrize("repo", ["tiny", "me/you/tiny", "me/ti ny", "", "me/-x"])
 def test_impossible_names(folder, repo, capsys):
     assert main(["publish", str(folder), repo, "--dry-run"]) == 2
-    assert "is no name of a repository" in capsys.readouterr().err
+    assert "can't be a repository's name" in capsys.readouterr().err
 
 
 def test_a_dry_run_shows_everything_and_asks_nobody(folder, capsys, tmp_path):
@@ -157,7 +157,7 @@ def test_published_and_loaded_by_its_name(folder, tmp_path):
         refused = subprocess.run(publish, env=environment, capture_output=True, text=True)
         assert refused.returncode == 2
         assert "me/tiny can't be published" in refused.stderr
-        assert "for want of a login: `hf auth login` or HF_TOKEN" in refused.stderr
+        assert "If you aren't logged in: `hf auth login` or HF_TOKEN" in refused.stderr
         assert not (tmp_path / "repos" / "me").exists()
         token = environment | {"HF_TOKEN": "hf_loopback"}
         branch = subprocess.run([*publish, "--revision", "dev"], env=token, capture_output=True, text=True)

@@ -132,7 +132,7 @@ class TestFailures:
     def test_a_folder_that_is_not_empty(self, model, tmp_path):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "mine").write_text("keep")
-        with pytest.raises(FileExistsError, match="out is there already; name another folder"):
+        with pytest.raises(FileExistsError, match="out exists already; name another folder"):
             save_checkpoint(model, tmp_path / "out")
         assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
@@ -161,5 +161,5 @@ class TestFailures:
         assert list(tmp_path.iterdir()) == []
 
     def test_names_for_other_classes(self, model, tmp_path):
-        with pytest.raises(ValueError, match="there are 2 label names for 5 classes"):
+        with pytest.raises(ValueError, match="2 label names for 5 classes"):
             save_checkpoint(model, tmp_path / "out", label_names=["a", "b"])

@@ -1,5 +1,6 @@
 """The same file gives the same answer, or the same error, at every door: one table."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -191,3 +192,19 @@ def test_training_reads_the_file_once(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "load", lambda *args, **kwargs: calls.append(args) or load(*args, **kwargs))
     by_train("etmamba_ti", tmp_path / "w.pth", tmp_path)
     assert len(calls) == 1
+
+
+def test_loading_changes_nothing_behind_the_callers_back(tmp_path):
+    """Neither timm's configurations nor what the caller gave; and nobody keeps the weights alive."""
+    _, weights = weights_of(num_classes=7)
+    save_file(weights, tmp_path / "w.safetensors")
+    before = copy.deepcopy(timm.models.get_pretrained_cfg("etmamba_ti", allow_unregistered=False))
+    checkpoint = read_checkpoint(tmp_path / "w.safetensors")
+    overlay = {"state_dict": checkpoint}
+    tensors = {key: value.clone() for key, value in checkpoint.tensors.items()}
+    model = timm.create_model("etmamba_ti", pretrained=True, pretrained_cfg_overlay=overlay, in_chans=1, img_size=48)
+    assert timm.models.get_pretrained_cfg("etmamba_ti") == before
+    assert overlay == {"state_dict": checkpoint}
+    assert all(torch.equal(value, tensors[key]) for key, value in checkpoint.tensors.items())
+    assert "state_dict" not in model.pretrained_cfg
+    assert timm.create_model("etmamba_ti").num_classes == 400

@@ -130,7 +130,9 @@ def _check_same(checkpoint: LoadedCheckpoint, wanted: Mapping) -> None:
     if not differing:
         return
     words = ", ".join(f"{key} is {found[key]}, not {wanted[key]}" for key in differing)
-    remedy = f"create {nearest_variant(found)[0]}, and leave arguments out that say otherwise"
+    variant = nearest_variant(found)[0]
+    same = variant == nearest_variant(wanted)[0]
+    remedy = f"leave out {', '.join(differing)}" if same else f"name the model {variant}"
     if found["block"] == "bimamba" and wanted["block"] == "stcm":
         remedy += ", or name a tag that starts from it (etmamba_m.videomamba_in1k)"
     raise CheckpointError(

@@ -12,11 +12,15 @@ from timm.models import PretrainedCfg
 
 from ..clip import Clip
 from ..models import VARIANTS, EtMamba
+from ..models.etmamba import POOLS
 from .errors import CheckpointError
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 # Constructor arguments that say nothing about the weights.
 RUNTIME_ARGS = ("device", "dtype", "drop_rate", "drop_path_rate")
+# Keys that may be null; timm writes some of them so.
+_NULLABLE = ("clip", "card", "label_names", "license", "licence", "source", "notes", "recipe", "figures", "views")
+_NULLABLE += ("first_conv", "classifier")
 _INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
 _MODEL_ARGS = inspect.signature(EtMamba).parameters.keys() - {"device", "dtype"}
 
@@ -74,9 +78,9 @@ def parse_config(raw: Any, path: Path) -> HubConfig:
 
     def get(block: Mapping, key: str, where: str, fits: Callable[[Any], bool], wanted: str, default: Any = None) -> Any:
         value = block.get(key)
-        if value is None:
+        if value is None and (key not in block or key in _NULLABLE):
             return default
-        if not fits(value):
+        if value is None or not fits(value):
             raise CheckpointError(f"{path}: {where}{key} is {value!r:.80}; it must be {wanted}")
         return value
 
@@ -101,7 +105,9 @@ def parse_config(raw: Any, path: Path) -> HubConfig:
         ),
         "mean": get(cfg, "mean", where, lambda v: v and _is_list(v, _is_number), "a list of numbers"),
         "std": get(cfg, "std", where, lambda v: v and _is_list(v, _is_above_0), "a list of numbers above 0"),
-        "interpolation": get(cfg, "interpolation", where, _INTERPOLATIONS.__contains__, " or ".join(_INTERPOLATIONS)),
+        "interpolation": get(
+            cfg, "interpolation", where, lambda v: _is_text(v) and v in _INTERPOLATIONS, " or ".join(_INTERPOLATIONS)
+        ),
         "crop_pct": get(cfg, "crop_pct", where, lambda v: _is_above_0(v) and v <= 1, "above 0 and at most 1"),
     }
     get(cfg, "num_classes", where, _is_count, "a whole number")
@@ -112,7 +118,9 @@ def parse_config(raw: Any, path: Path) -> HubConfig:
     if unknown := sorted(model_args.keys() - _MODEL_ARGS):
         raise CheckpointError(f"{path}: model_args has the unknown key {unknown[0]!r:.80}")
     for key in model_args:
-        if key in ("stem", "block", "global_pool"):
+        if key == "global_pool":
+            get(model_args, key, "model_args.", lambda v: _is_text(v) and v in POOLS, " or ".join(map(repr, POOLS)))
+        elif key in ("stem", "block"):
             get(model_args, key, "model_args.", _is_text, "text")
         elif key == "folded":
             get(model_args, key, "model_args.", lambda v: isinstance(v, bool), "true or false")

@@ -1,6 +1,7 @@
-"""What the package promises as a whole: a quiet import, and arrows that point one way."""
+"""The package as a whole: importing it is quiet and light, and imports point one way."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import etmamba_timm
 
 PACKAGE = Path(etmamba_timm.__file__).parent
-# Who may import whom, among the parts of the package.
+# The parts of the package, and what each may import.
 MAY_IMPORT = {
     "clip": set(),
     "files": set(),
@@ -61,6 +62,21 @@ def test_imports_point_one_way():
                     imported = name if name in MAY_IMPORT else part
                     assert imported == part or imported in MAY_IMPORT[part], f"{relative} imports {name}"
     assert seen == set(MAY_IMPORT)
+
+
+def test_contributing_shows_these_arrows():
+    """Each part is in the tree, and reaches by its arrows all that it may import."""
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tree = text.partition("    etmamba_timm/\n")[2].partition("    weights/")[0]
+    lines = re.findall(r"^ {6}(\w+)(?:/|\.py) .*?(?: -> (.*))?$", tree, re.MULTILINE)
+    arrows = {name: set(targets.split(", ")) - {""} for name, targets in lines}
+
+    def reached(name: str) -> set:
+        return arrows[name].union(*map(reached, arrows[name]))
+
+    assert set(arrows) == set(MAY_IMPORT) - {"__init__", "__main__"}
+    for name in arrows:
+        assert arrows[name] <= MAY_IMPORT[name] <= reached(name), name
 
 
 def test_only_the_command_line_prints():

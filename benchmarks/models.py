@@ -1,4 +1,4 @@
-"""Whole models on one clip, beside their own matrix multiplications and beside other video models. See README.md.
+"""Whole models on one clip, compared with their own matrix multiplications and other video models. See README.md.
 
 python benchmarks/models.py [--dtype float32 bfloat16] [--threads 2] [--runs 5] [--only NAME ...]
 """
@@ -92,7 +92,7 @@ class Multiplications(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def replay(self):
-        """A function that does them again, and nothing else, on numbers of its own."""
+        """A function that repeats only these multiplications, on random numbers."""
         made = {}
         for _, layouts in self.calls:
             for layout in layouts:

@@ -1,4 +1,4 @@
-"""The selective scan on the CPU, beside mamba-ssm's reference and mambapy's parallel scan. See README.md.
+"""The selective scan on the CPU, compared with mamba-ssm's reference and mambapy's parallel scan. See README.md.
 
 python benchmarks/scan.py [--length 3137] [--width 576] [--threads 2] [--runs 5]
 """

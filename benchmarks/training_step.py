@@ -20,7 +20,7 @@ CLIPS = (8, 3, 8, 112, 112)
 
 
 class Clock:
-    """Seconds spent forwards and backwards within modules of one kind."""
+    """Seconds spent in the forward and backward passes of modules of one kind."""
 
     def __init__(self) -> None:
         self.seconds, self.started = 0.0, 0.0
@@ -46,7 +46,7 @@ def step(model: nn.Module, clips: torch.Tensor, labels: torch.Tensor, dtype: tor
 
 
 def operator_share(model, clips, labels, dtype, name: str) -> float:
-    """Seconds within the operators of that name in one step, by PyTorch's profiler."""
+    """Seconds spent in the operators of that name in one step, by PyTorch's profiler."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step(model, clips, labels, dtype)
     return sum(e.self_cpu_time_total for e in profile.key_averages() if name in e.key) / 1e6

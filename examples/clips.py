@@ -29,20 +29,20 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     args.lr = args.lr or (0.03 if args.freeze else 0.001)
     if not args.pretrained:
-        args.model_kwargs.setdefault("global_pool", "avg")  # a few videos teach more that way, from scratch
+        args.model_kwargs.setdefault("global_pool", "avg")  # from scratch, a model learns more from few videos this way
     return args
 
 
 def training_clips(args: argparse.Namespace) -> TrainClips:
-    """{'clip': float32 [C, T, H, W], 'label': int, 'index': int} of each video; for real use, see TrainTransform."""
+    """{'clip': float32 [C, T, H, W], 'label': int, 'index': int} for each video; real training uses TrainTransform."""
     annotations = read_folders(args.data or generated_videos(Path(tempfile.mkdtemp())))
     transform = EvalTransform((args.size, args.size))
     return TrainClips(annotations, lambda frames: transform(frames)[0], Clip(args.frames, stride=1))
 
 
 def generated_videos(root: Path, of_each: int = 4, frames: int = 8, side: int = 64) -> Path:
-    """Squares that move from the middle down, left, right or up: `root/<direction>/<number>.mp4`."""
-    random = np.random.default_rng(0)  # another place and shade for each
+    """Writes videos of squares that move from the middle down, left, right or up: `root/<direction>/<number>.mp4`."""
+    random = np.random.default_rng(0)  # each has its own place and shade
     rows, columns = np.mgrid[:side, :side]
     for name, (dx, dy) in DIRECTIONS.items():
         (root / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Fine-tune an ETMamba, or a classifier on its frozen features, by Lightning.
+"""Fine-tune an ETMamba, or a classifier on its frozen features, with Lightning.
 
 python examples/lightning_module.py [--data FOLDER] [--freeze] [--model etmamba_ti --pretrained]
 """

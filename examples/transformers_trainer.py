@@ -1,7 +1,7 @@
-"""Fine-tune an ETMamba, or a classifier on its frozen features, by transformers' Trainer.
+"""Fine-tune an ETMamba, or a classifier on its frozen features, with transformers' Trainer.
 
-transformers reads our folders through its wrapper of timm. Built from a bare TimmWrapperConfig instead, it would draw
-the weights anew in its own way, and reset what the scan starts from; so the model is made by timm and handed over.
+transformers reads this package's folders through its wrapper of timm. Built from a bare TimmWrapperConfig, it would
+initialise the weights in its own way, wrongly for the scan. So timm makes the model, which is saved and loaded again.
 
 python examples/transformers_trainer.py [--data FOLDER] [--freeze] [--model etmamba_ti --pretrained]
 """

@@ -1,4 +1,4 @@
-"""The examples, run as one would on the few videos that they generate: they learn, and leave alone what is frozen."""
+"""The examples, run as scripts on the few videos that they generate: they learn, and frozen weights don't change."""
 
 import importlib.util
 import os

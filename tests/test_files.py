@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and what can't be written is known before the work."""
+"""Files are written completely or not at all, and a path that can't be written is an error before the work starts."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""torch.hub, each time in a fresh process, from a folder that isn't the repository, by path and as a hub's clone."""
+"""torch.hub in fresh processes outside the repository: by path, and from a clone in torch.hub's cache."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""The shipped checkpoint on videos of the test part that ship with the tests: five of each class, drawn by a seed."""
+"""The package's own checkpoint on a hundred test videos: five of each class, chosen by a seed."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, and its table is recounted."""
+"""The README's Python code runs as written, and its tables of models are checked."""
 
 import re
 import shlex
@@ -30,7 +30,7 @@ def test_python_runs(snippet, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("snippet", [s for s in SNIPPETS if s.startswith(NETWORK)])
-def test_what_needs_the_network_names_what_is_there(snippet):
+def test_snippets_that_need_the_network_name_existing_weights(snippet):
     compile(snippet, "README.md", "exec")
     names = re.findall(r'create_model\("([\w.]+)", pretrained=True', snippet)
     assert names
@@ -39,7 +39,7 @@ def test_what_needs_the_network_names_what_is_there(snippet):
 
 
 def test_commands_are_the_parsers():
-    """Every `etmamba` command line of the README is one that the parser takes."""
+    """The parser accepts every `etmamba` command line of the README."""
     lines = re.findall(r"^(?:.*&& )?etmamba (.*?)(?: *#.*)?$", "\n".join(SHELL), re.MULTILINE)
     assert len(lines) > 6
     for line in lines:

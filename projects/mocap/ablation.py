@@ -1,4 +1,4 @@
-"""The rows of the paper's ablation (Table 5) on rendered motion: the same budget, data and recipe for all.
+"""The rows of the paper's ablation (Table 5) on rendered motion, all with the same budget, data and recipe.
 
 python -m projects.mocap.ablation DATA RUNS --seeds 0 1 --jobs 2
 """
@@ -40,7 +40,7 @@ def create(row: str) -> nn.Module:
 
 
 def step_times(runs: int) -> dict[str, float]:
-    """Milliseconds a clip of each row's forward and backward pass, in turn on one thread; medians."""
+    """Milliseconds per clip of each row's forward and backward pass, on one thread, in turn; medians."""
     torch.set_num_threads(1)
     recipe = recipe_of("a")
     clips = torch.randn(recipe.batch_size, 3, recipe.num_frames, *recipe.img_size)
@@ -58,7 +58,7 @@ def step_times(runs: int) -> dict[str, float]:
 
 
 def measure(row: str, seed: int, run: Run, step_ms: float) -> dict:
-    """What a run came to, on the test videos."""
+    """A run's results on the test videos."""
     recipe = recipe_of(row)
     cost, scores = count_cost(create(row)), run.test()
     pairs = [right for _, _, right in accuracies(scores).values()]
@@ -78,7 +78,7 @@ def measure(row: str, seed: int, run: Run, step_ms: float) -> dict:
 
 
 def table(results: list[dict]) -> str:
-    """Means over the seeds and, in brackets, least and most, as Markdown."""
+    """Means over the seeds, with minimum and maximum in brackets, as Markdown."""
     lines = [
         "| row | parameters | multiply-adds | fwd + bwd over (a)'s | test top-1 | right one of reversed pairs |",
         "|---|---|---|---|---|---|",

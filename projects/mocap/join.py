@@ -1,4 +1,4 @@
-"""Test videos one after the other in a long one, and how much of it a timeline names rightly."""
+"""Joins test videos into a long one, and measures how much of it a timeline labels correctly."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def join(data: Path, out: Path, count: int, seed: int) -> list[tuple[float, str]
 
 
 def share_right(truth: list[tuple[float, str]], segments: Path) -> float:
-    """The share of the time that segments (CSV of `etmamba timeline --segments`) name as the truth does."""
+    """The share of the time for which segments (CSV of `etmamba timeline --segments`) have the true label."""
     with segments.open(newline="") as file:
         rows = [(float(row["start"]), float(row["end"]), row["label"]) for row in csv.DictReader(file)]
     ends = [start for start, _ in truth[1:]] + [rows[-1][1]]

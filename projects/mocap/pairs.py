@@ -1,4 +1,4 @@
-"""How well motions are told from the same motions backwards, from the scores that `etmamba eval --scores` wrote.
+"""How well motions are distinguished from the same motions backwards, from the scores of `etmamba eval --scores`.
 
 python -m projects.mocap.pairs scores.safetensors
 """
@@ -22,7 +22,7 @@ PAIRS = [
 
 
 def accuracies(scores: Scores) -> dict[tuple[str, str], tuple[float, float, float]]:
-    """Of each pair: both classes' top-1 among all classes, and how often the right one of the two is likelier."""
+    """For each pair: both classes' top-1 among all classes, and how often the right one of the two scores higher."""
     each = dict(zip(scores.classes, scores.per_class(), strict=True))
     out = {}
     for pair in PAIRS:
@@ -35,7 +35,7 @@ def accuracies(scores: Scores) -> dict[tuple[str, str], tuple[float, float, floa
 
 
 def by_sector(scores: Scores, pair: tuple[str, str], seed: int = 0) -> dict[tuple[float, float], float]:
-    """How often the right one of a pair is likelier, by where the camera stood: degrees off straight ahead.
+    """How often the right one of a pair scores higher, by the camera's azimuth: degrees off straight ahead.
 
     `scores` are of all test videos of the dataset that `seed` made.
     """

@@ -28,7 +28,7 @@ OPTIONS = {"crf": "23", "preset": "medium", "g": str(KEYFRAMES), "bf": "0", "thr
 
 
 def render(out: Path, seed: int, counts: dict[str, int], workers: int) -> None:
-    """Write the dataset to `out`, `counts` videos a class of each part; videos that are there already are left.
+    """Writes the dataset to `out`, `counts` videos per class of each part; existing videos are kept.
 
     Raises:
         ValueError: `out` holds a dataset that was drawn in another way.
@@ -44,7 +44,7 @@ def render(out: Path, seed: int, counts: dict[str, int], workers: int) -> None:
 
 
 def jobs(counts: dict[str, int]) -> Iterator[tuple[str, tuple[str, str, int]]]:
-    """Each video's path in the dataset, and its part, class and number; a number of all classes before the next.
+    """Each video's path in the dataset, and its part, class and number; all classes of a number before the next.
 
     The smaller parts come first, so that an unfinished dataset can be used.
     """
@@ -60,7 +60,7 @@ def made_with() -> dict[str, str]:
 
 
 def write_index(path: Path, index: dict) -> None:
-    """Write `index` as JSON, unless what is there was drawn in another way, which is a ValueError."""
+    """Writes `index` as JSON. Raises ValueError if an index is there that was drawn in another way."""
     index = json.loads(json.dumps(index))
     if path.exists():
         before = json.loads(path.read_text())
@@ -83,7 +83,7 @@ def _render_one(job: tuple[Path, dict]) -> None:
 
 
 def encode(path: Path, frames: np.ndarray) -> None:
-    """Write frames [T, H, W, 3] as H.264 in an mp4, whatever the path ends in."""
+    """Writes frames [T, H, W, 3] as H.264 in an mp4, whatever the path's suffix."""
     with av.open(str(path), "w", format="mp4") as output:
         stream = output.add_stream("libx264", rate=FPS, options=OPTIONS)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"

@@ -20,8 +20,8 @@ def etmamba(*arguments: object, log: Path | None = None, threads: int | None = N
 
     Args:
         arguments: the command and its arguments.
-        log: a file that its output is added to, instead of the terminal.
-        threads: how many it may use; as many as it likes, if not given.
+        log: a file to which its output is appended; None for the terminal.
+        threads: how many it may use; None for no limit.
 
     Raises:
         RuntimeError: it failed.
@@ -65,7 +65,7 @@ class Run:
 
     @property
     def weights(self) -> Path:
-        """Those of the epoch that was best on the validation videos."""
+        """The weights of the best epoch on the validation videos."""
         return self.folder / MODEL / "model.safetensors"
 
     @property
@@ -91,7 +91,7 @@ class Run:
 
 
 def train_all(runs: list[Run], jobs: int) -> None:
-    """Train several, so many at a time; those that are done already are left."""
+    """Trains several runs, `jobs` at a time; finished ones are skipped."""
     with ThreadPoolExecutor(jobs) as pool:
         for _ in pool.map(Run.train, runs):
             pass

@@ -1,4 +1,4 @@
-"""A contact sheet of the dataset: a row a class, eight frames of one video across.
+"""A contact sheet of the dataset: a row per class, with eight frames of one video.
 
 python -m projects.mocap.sheet OUT sheet.png --split train
 """

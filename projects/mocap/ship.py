@@ -43,12 +43,12 @@ NOTES = Path(__file__).with_name("notes.md")
 
 
 def about(run: Path) -> dict:
-    """What identifies the run: its recipe's settings, `processes`, each of which took `batch_size` clips, and more."""
+    """What identifies the run: the recipe's settings, the number of `processes` (`batch_size` clips each), and more."""
     return json.loads((run / RUN_FILE).read_text())
 
 
 def card(run: Path, scores: Scores | None) -> dict:
-    """The block of config.json that the model card is made of."""
+    """The block of config.json from which the model card is made."""
     known, recipe, figures = about(run), load_recipe(run / RECIPE_FILE), []
     if scores is not None:
         values = {"top-1": scores.topk(1), "top-5": scores.topk(5)}
@@ -69,7 +69,7 @@ def card(run: Path, scores: Scores | None) -> dict:
 
 
 def save(run: Path, folder: Path, scores: Scores | None) -> None:
-    """The run's model in half precision, instead of what is in the folder."""
+    """Replaces the folder by the run's model in half precision."""
     model = timm.create_model(f"local-dir:{run / MODEL}", pretrained=True)
     params = sum(p.numel() for p in model.parameters())
     shutil.rmtree(folder, ignore_errors=True)
@@ -83,7 +83,7 @@ def save(run: Path, folder: Path, scores: Scores | None) -> None:
 
 
 def enter(folder: Path) -> None:
-    """The checkpoint's entry in the manifest, instead of the one that is there."""
+    """Replaces the checkpoint's entry in the manifest."""
     found = check_folder(folder)
     entry = found.manifest_entry("none") | {"status": "local", "source": {"folder": folder.name}}
     entry |= {"trained_on": DATASET, "figures": entry["figures"][:1]}
@@ -110,7 +110,7 @@ def test_videos(data: Path) -> dict[str, list[Path]]:
 
 
 def copy_videos(videos: dict[str, list[Path]]) -> None:
-    """Some test videos of each class, and one of the others as the sample; drawn by the seed."""
+    """Copies some test videos of each class, and another one as the sample; the seed chooses them."""
     rng = np.random.default_rng(SEED)
     shutil.rmtree(VIDEOS.parent, ignore_errors=True)
     for old in WEIGHTS.glob("sample_*.mp4"):

@@ -30,7 +30,7 @@ PICTURE = Path(__file__).parents[2] / "benchmarks" / "results" / "mocap_warm_sta
 
 
 def part_of(data: Path, out: Path, classes: list[str]) -> Path:
-    """A dataset of some classes alone, made of links."""
+    """A dataset of only some classes, made of links."""
     for part in PARTS:
         (out / part).mkdir(parents=True, exist_ok=True)
         for name in classes:
@@ -52,7 +52,7 @@ def unseen(scores: Scores) -> float:
 
 
 def summary(rows: list[dict]) -> str:
-    """What the runs end at on the test videos: means over the seeds, least and most; then on the unseen motions."""
+    """The final results on the test videos: means over the seeds, minimum and maximum; then on the unseen motions."""
     fresh, warm = (
         [row for row in rows if row["start"] == start and row.get("test_top1", "") != ""] for start in STARTS
     )
@@ -69,7 +69,7 @@ def summary(rows: list[dict]) -> str:
 
 
 def draw(curves: dict[str, list[list[dict]]], batch_size: int) -> None:
-    """Validation accuracy over clips: each start's mean over the seeds, least and most."""
+    """Plots validation accuracy over clips: each start's mean over the seeds, minimum and maximum."""
     figure = new_figure(6, 4)
     axes = figure.add_subplot()
     for name, logs in curves.items():

@@ -1,4 +1,4 @@
-"""The `etmamba` command on real files: what it prints, what it exits with, what bad files do to the others."""
+"""The `etmamba` command on real files: output, exit status, and bad files among good ones."""
 
 import json
 import os

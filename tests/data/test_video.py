@@ -1,4 +1,4 @@
-"""Every frame that is asked for is the frame that comes, whatever the file; what is no video says so."""
+"""Each requested frame is the frame returned, whatever the file; a file that isn't a video is an error that says so."""
 
 import contextlib
 import logging

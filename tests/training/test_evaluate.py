@@ -1,4 +1,4 @@
-"""Evaluation: scores are means over views, alike for any batch size and number of processes; what fails is counted."""
+"""Evaluation: scores are means over views, for any batch size and number of processes; failed videos are counted."""
 
 import json
 import subprocess

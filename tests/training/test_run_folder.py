@@ -1,4 +1,4 @@
-"""A run's folder is for that run, and a start that failed doesn't claim it."""
+"""A run's folder belongs to that run, and a failed start doesn't claim it."""
 
 import json
 

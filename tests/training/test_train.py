@@ -1,4 +1,4 @@
-"""Training on real encoded files: it learns, goes on after kill -9 as if it had not been, and exports the result."""
+"""Training on real encoded files: it learns, resumes after kill -9 with the same result, and exports the model."""
 
 import csv
 import json
@@ -163,7 +163,7 @@ def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(done, recipe, data, 
 
 @pytest.mark.skipif(os.name != "posix", reason="no limit on the size of files")
 def test_a_full_disk_loses_nothing(done, recipe, data, tmp_path):
-    """Files end at 64 KiB, as on a disk that is full then; once there is room, the same command goes on."""
+    """Files can't grow beyond 64 KiB, as on a full disk; once there is room, the same command resumes."""
     run = tmp_path / "run"
     command = [sys.executable, "-m", "etmamba_timm", *arguments(recipe, data, run, *ALL), "--save-updates", "2"]
     full = ["sh", "-c", 'ulimit -f 128 && exec "$@"', "sh", *command]  # 128 blocks of 512 bytes

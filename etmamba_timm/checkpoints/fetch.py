@@ -241,13 +241,16 @@ def _check_promise(checkpoint: LoadedCheckpoint, entry: Checkpoint | None) -> No
     """Warns of a file that was made for other clips than the manifest says."""
     if entry is None:
         return
-    came = (checkpoint.positions, checkpoint.clip.num_frames)
-    promised = ((entry.img_size // checkpoint.architecture["patch_size"]) ** 2, entry.num_frames)
-    if came != promised:
-        _logger.warning(
-            "the file has positions of %d patches and %d frames, not %d and %d as %s promises",
-            *(*came, *promised, entry.name),
-        )
+    patches = (entry.img_size // checkpoint.architecture["patch_size"]) ** 2
+    for what, there, promised in (
+        ("positions of {} patches", checkpoint.positions, patches),
+        ("positions of {} frames", checkpoint.clip.num_frames, entry.num_frames),
+        ("{} classes", checkpoint.num_classes, entry.num_classes if entry.is_classifier else checkpoint.num_classes),
+    ):
+        if there != promised:
+            _logger.warning(
+                "%s has %s, not %s as %s promises", checkpoint.source, what.format(there), promised, entry.name
+            )
 
 
 def registered_cfgs(base_cfg: dict, names: tuple[str, ...]) -> dict[str, dict]:

@@ -1,6 +1,5 @@
 """The operators of the models: the selective scan, and convolutions with a kernel of their own on the CPU."""
 
-from . import flops  # noqa: F401 (registers the operators' formulas)
 from .conv_norm_relu import conv_norm_relu
 from .local_conv import local_conv
 from .scan import bidirectional_scan, scan_backends, selective_scan

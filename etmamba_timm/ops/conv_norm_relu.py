@@ -1,11 +1,13 @@
 """One stage of STFP: separable convolution, layer norm over the channels, ReLU."""
 
 import ctypes
+from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .flops import count_flops
 from .kernels.library import DTYPES, check_shapes, library, pointer, state_dtype, takes
 
 
@@ -54,7 +56,14 @@ def conv_norm_relu(
     return _plain(x, depthwise, pointwise, norm, eps, residual)
 
 
-def _plain(x, depthwise, pointwise, norm, eps, residual=None) -> Tensor:
+def _plain(
+    x: Tensor,
+    depthwise: tuple[Tensor, Tensor] | None,
+    pointwise: tuple[Tensor, Tensor],
+    norm: tuple[Tensor, Tensor],
+    eps: float,
+    residual: Tensor | None = None,
+) -> Tensor:
     y = x if depthwise is None else F.conv3d(x, *depthwise, padding=1, groups=x.shape[1])
     y = F.relu(_channel_norm(F.conv3d(y, *pointwise), *norm, eps))
     return y if residual is None else y + residual
@@ -143,3 +152,10 @@ def _autograd(ctx, dout):
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _flops(x: torch.Size, depthwise: bool, **others) -> int:
+    return 2 * prod(x) * (x[1] + 27 * depthwise)
+
+
+count_flops("cpu_conv_norm_relu", _flops)

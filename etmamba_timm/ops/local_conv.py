@@ -1,11 +1,13 @@
 """The convolutions of STCM's local branch: depthwise, dilated, at three scales, within each frame."""
 
 import ctypes
+from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .flops import count_flops
 from .kernels.library import DTYPES, Strided, check_shapes, library, state_dtype, strided, takes
 
 SIDES = (3, 5, 7)  # of the kernels, dilated by 1, 2 and 3
@@ -126,3 +128,10 @@ def _autograd(ctx, dout):
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _flops(x: torch.Size, taps: torch.Size, t: int, h: int, w: int, **others) -> int:
+    return 2 * x[0] * t * h * w * prod(taps)
+
+
+count_flops("cpu_local_conv", _flops)

@@ -1,11 +1,13 @@
 """Mamba's short convolution: causal and depthwise along the time steps, then SiLU."""
 
 import ctypes
+from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .flops import count_flops
 from .kernels.library import DTYPES, Strided, check_shapes, library, state_dtype, strided, takes
 
 
@@ -103,3 +105,10 @@ def _autograd(ctx, dout):
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _flops(x: torch.Size, taps: torch.Size, **others) -> int:
+    return 2 * prod(x) * taps[0]
+
+
+count_flops("cpu_short_conv", _flops)

@@ -22,7 +22,7 @@ from pathlib import Path
 try:
     import fcntl
 except ImportError:  # Windows: starting at once, processes compile once each, and the last one's library stays
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 _logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import _in_scan_order
+from .backend import Backend, ScanInputs, in_scan_order
 
 # Sizes in elements, measured on CPUs.
 BLOCK = 2**19  # the states of a block: they should stay in the cache
@@ -25,30 +25,10 @@ WIDE = 2**13  # the states of a step from which on a second pass costs more than
 GPU_BLOCK, GPU_WIDE = 2**24, 2**22
 
 
-def why_not() -> str | None:
-    """None: plain PyTorch runs everywhere."""
-    return None
-
-
-def rejects(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D, z, delta_bias) -> str | None:
-    """None: every argument that the public function lets through is fine."""
-    return None
-
-
 @torch.compiler.disable  # decides on values, and has its own backward
-def scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse_from: int,
-) -> tuple[Tensor, Tensor]:
-    """As `reference.scan`, but differentiable only once."""
+def scan(inputs: ScanInputs, reverse_from: int) -> tuple[Tensor, Tensor]:
+    """See `Backend.scan`. The last state carries a gradient; differentiable only once."""
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus = inputs
     dtype, out_dtype, length = A.dtype, u.dtype, u.shape[-1]
     u, delta = u.to(dtype), delta.to(dtype)
     if delta_bias is not None:
@@ -60,17 +40,20 @@ def scan(
     blocks, chunks, steps = _cut(length, u.shape[0] * A.numel(), decaying, u.device.type == "cpu")
 
     def cut(x: Tensor) -> Tensor:  # [B, R, L] -> [blocks, S, K, B, R]; the steps added have Δ = 0: nothing changes
-        x = F.pad(_in_scan_order(x.to(dtype), reverse_from), (0, blocks * chunks * steps - length))
+        x = F.pad(in_scan_order(x.to(dtype), reverse_from), (0, blocks * chunks * steps - length))
         return x.unflatten(-1, (blocks, chunks, steps)).permute(2, 4, 3, 0, 1).contiguous()
 
     rows, columns = (cut(delta)[..., None, :], cut(delta * u)[..., None, :]), (cut(B)[..., None], cut(C)[..., None])
     y, h = _Recurrence.apply(*rows, A.t().contiguous(), *columns)
-    y = _in_scan_order(y.permute(3, 4, 0, 2, 1).flatten(2)[..., :length], reverse_from)  # -> [B, D, L]
+    y = in_scan_order(y.permute(3, 4, 0, 2, 1).flatten(2)[..., :length], reverse_from)  # -> [B, D, L]
     if D is not None:
         y = y + D[:, None] * u
     if z is not None:
         y = y * F.silu(z.to(dtype))
     return y.to(out_dtype), h.transpose(1, 2).contiguous()
+
+
+BACKEND = Backend("torch", scan)
 
 
 def _cut(length: int, width: int, decaying: bool, on_cpu: bool = True) -> tuple[int, int, int]:

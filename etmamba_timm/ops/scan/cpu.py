@@ -1,13 +1,21 @@
 """The fused CPU scan of kernels/cpu/scan.cpp, as a torch operator with a backward of its own."""
 
 import ctypes
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..flops import count_flops
 from ..kernels.library import DTYPES, Strided, library, pointer, strided, why_not
+from .backend import Backend, ScanInputs
 
-__all__ = ["bidirectional_scan", "rejects", "scan", "why_not"]
+# torch.library wants the inputs of a scan one by one.
+_INPUTS = (
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, "
+    "Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus"
+)
 
 
 class _Args(ctypes.Structure):  # must match kernels/cpu/scan.cpp
@@ -21,100 +29,61 @@ class _Args(ctypes.Structure):  # must match kernels/cpu/scan.cpp
     ]
 
 
-def rejects(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D, z, delta_bias) -> str | None:
-    """None for tensors on the CPU, and for those on 'meta', which have shapes alone."""
-    return None if u.device.type in ("cpu", "meta") else f"u is on {u.device}; this kernel takes CPU tensors"
+def scan(inputs: ScanInputs, reverse_from: int) -> tuple[Tensor, Tensor]:
+    """See `Backend.scan`. The last state carries no gradient."""
+    return _scan(inputs.with_sequences(lambda x: x.unsqueeze(0)), reverse_from)
 
 
-def scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse_from: int,
-) -> tuple[Tensor, Tensor]:
-    """See `reference.scan`, whose results this agrees with. The last state carries no gradient."""
-    u, delta, B, C = (t.unsqueeze(0) for t in (u, delta, B, C))
-    z = None if z is None else z.unsqueeze(0)
-    return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse_from)
+def both(inputs: ScanInputs) -> Tensor:
+    """See `Backend.both`: the directions are added up as they are computed."""
+    return _scan(inputs, inputs.u.shape[1])[0]
 
 
-def bidirectional_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> Tensor:
-    """See `selective_scan.bidirectional_scan`: the directions are added as they are computed."""
-    return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, u.shape[1])[0]
+BACKEND = Backend("cpu", scan, both, devices=("cpu", "meta"), why_not=why_not)  # meta tensors have only shapes
 
 
-def _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse_from):
-    inputs = (u, delta, A, B, C, D, z, delta_bias)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    out, state, _ = _forward(*inputs, delta_softplus, reverse_from, keep)
+def _scan(inputs: ScanInputs, reverse_from: int) -> tuple[Tensor, Tensor]:
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:8])
+    out, state, _ = _forward(reverse_from, keep, *inputs)
     return out, state
 
 
-@torch.library.custom_op("etmamba_timm::cpu_scan", mutates_args=(), device_types="cpu")
-def _forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse_from: int,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "etmamba_timm::cpu_scan",
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"(int reverse_from, bool keep, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
+)
+def _forward(reverse_from: int, keep: bool, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The output [B, D, L], added up over directions; the rows' last states [G·B, D, N]; states for the backward pass.
 
-    u, delta and z are [G, B, D, L] for G directions, B and C [G, B, N, L]. A row is one direction of one sequence, the
-    first direction's first; rows `reverse_from:` run backwards. The chunks' first states are there if `keep`.
+    The sequences have G directions in front: [G, B, ...]. A row is one direction of one sequence; the first direction's
+    rows come first, and rows `reverse_from:` run backwards. The states at the start of each chunk are kept if `keep`.
     """
-    out, state, chunk_states = _empty_outputs(u, A, keep)
-    args, alive = _arguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse_from, chunk_states)
+    inputs = ScanInputs(*flat)
+    out, state, chunk_states = _empty_outputs(inputs, keep)
+    args, alive = _arguments(inputs, reverse_from, chunk_states)
     args.out, args.last_state = strided(out.unsqueeze(0)), state.data_ptr()
-    library().etmamba_scan(ctypes.byref(args), DTYPES[u.dtype], False)
+    library().etmamba_scan(ctypes.byref(args), DTYPES[inputs.u.dtype], False)
     del alive
     return out, state, chunk_states
 
 
 @_forward.register_fake
-def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse_from, keep):
-    return _empty_outputs(u, A, keep)
+def _(reverse_from, keep, *flat):
+    return _empty_outputs(ScanInputs(*flat), keep)
 
 
-@torch.library.custom_op("etmamba_timm::cpu_scan_backward", mutates_args=(), device_types="cpu")
-def _backward(
-    dout: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    chunk_states: Tensor,
-    delta_softplus: bool,
-    reverse_from: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "etmamba_timm::cpu_scan_backward",
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"(Tensor dout, Tensor chunk_states, int reverse_from, {_INPUTS}) -> ({', '.join(['Tensor'] * 8)})",
+)
+def _backward(dout: Tensor, chunk_states: Tensor, reverse_from: int, *flat: Any) -> tuple[Tensor, ...]:
     """The gradients of u, delta, A, B, C, D, z and delta_bias; empty for those of D, z and delta_bias not given."""
-    args, alive = _arguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse_from, chunk_states)
+    u, delta, A, B, C, D, z, delta_bias, _ = inputs = ScanInputs(*flat)
+    args, alive = _arguments(inputs, reverse_from, chunk_states)
     directions, batch, width, length = u.shape
     rows, d_state = directions * batch, A.shape[1]
     du, ddelta = torch.empty_like(u), torch.empty_like(delta)
@@ -140,7 +109,8 @@ def _backward(
 
 
 @_backward.register_fake
-def _(dout, u, delta, A, B, C, D, z, delta_bias, chunk_states, delta_softplus, reverse_from):
+def _(dout, chunk_states, reverse_from, *flat):
+    u, delta, A, B, C, D, z, delta_bias, _ = ScanInputs(*flat)
     return (
         torch.empty_like(u),
         torch.empty_like(delta),
@@ -159,25 +129,35 @@ def _per_step(grad: Tensor, like: Tensor) -> Tensor:
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.delta_softplus, ctx.reverse_from, ctx.keep = inputs
+    ctx.reverse_from, ctx.keep, *tensors, ctx.delta_softplus = inputs
     _, state, chunk_states = output
     ctx.mark_non_differentiable(state, chunk_states)
     ctx.save_for_backward(*tensors, chunk_states)
 
 
 def _autograd(ctx, dout, _state, _chunk_states):
-    saved = list(ctx.saved_tensors)  # once: a checkpoint hands them out a single time
+    *tensors, chunk_states = ctx.saved_tensors  # read once: a checkpoint hands them out a single time
+    inputs = (*tensors, ctx.delta_softplus)
     if not ctx.keep:  # traced where no gradient was wanted
-        saved[-1] = _forward(*saved[:-1], ctx.delta_softplus, ctx.reverse_from, True)[2]
-    grads = _backward(dout, *saved, ctx.delta_softplus, ctx.reverse_from)
-    grads = [None if tensor is None else grad for tensor, grad in zip(saved, grads, strict=False)]
-    return (*grads, None, None, None)
+        chunk_states = _forward(ctx.reverse_from, True, *inputs)[2]
+    grads = _backward(dout, chunk_states, ctx.reverse_from, *inputs)
+    grads = [None if tensor is None else grad for tensor, grad in zip(tensors, grads, strict=True)]
+    return (None, None, *grads, None)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _empty_outputs(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _flops(u: torch.Size, A: torch.Size, **others) -> int:
+    """For each step and channel 4 multiply-adds for each state and 3 besides; exponentials aren't counted."""
+    return 2 * prod(u) * (4 * A[1] + 3)
+
+
+count_flops("cpu_scan", _flops)
+
+
+def _empty_outputs(inputs: ScanInputs, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    u, A = inputs.u, inputs.A
     directions, batch, width, length = u.shape
     rows = directions * batch
     lanes, steps = _chunking(A.dtype)
@@ -190,13 +170,14 @@ def _chunking(dtype: torch.dtype) -> tuple[int, int]:
     return library().etmamba_scan_bytes() // dtype.itemsize, library().etmamba_scan_steps()
 
 
-def _arguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse_from, chunk_states):
+def _arguments(inputs: ScanInputs, reverse_from: int, chunk_states: Tensor) -> tuple[_Args, list[Tensor | None]]:
     """The arguments that both passes share, and the tensors to keep alive while the kernel reads them."""
+    u, A = inputs.u, inputs.A
     directions, batch, width, length = u.shape
     lanes, _ = _chunking(A.dtype)
     threads = torch.get_num_threads()
-    B, C = (t if t.stride(2) == 1 else t.mT.contiguous().mT for t in (B.to(A.dtype), C.to(A.dtype)))
-    alive = [B, C, *(None if t is None else t.contiguous() for t in (A, D, delta_bias))]
+    B, C = (t if t.stride(2) == 1 else t.mT.contiguous().mT for t in (inputs.B.to(A.dtype), inputs.C.to(A.dtype)))
+    parameters = [None if t is None else t.contiguous() for t in (A, inputs.D, inputs.delta_bias)]
     args = _Args(
         directions=directions,
         batch=batch,
@@ -206,13 +187,13 @@ def _arguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse_from
         reverse_from=reverse_from,
         groups=max(1, min(-(-width // lanes), -(-2 * threads // batch))),
         threads=threads,
-        softplus=delta_softplus,
+        softplus=inputs.delta_softplus,
         u=strided(u),
-        delta=strided(delta),
-        z=strided(z),
+        delta=strided(inputs.delta),
+        z=strided(inputs.z),
         B=strided(B),
         C=strided(C),
         chunk_states=pointer(chunk_states),
     )
-    args.A, args.D, args.delta_bias = (None if t is None else t.data_ptr() for t in alive[2:])
-    return args, alive
+    args.A, args.D, args.delta_bias = (None if t is None else t.data_ptr() for t in parameters)
+    return args, [B, C, *parameters]

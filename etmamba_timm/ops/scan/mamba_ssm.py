@@ -12,7 +12,8 @@ import importlib.util
 import torch
 from torch import Tensor
 
-DEVICE_TYPE = "cuda"
+from .backend import Backend, ScanInputs, in_scan_order
+
 MAX_STATE = 256
 MAX_WIDTH = 65535
 
@@ -23,7 +24,7 @@ def why_not() -> str | None:
     The kernel is probed, not the package: mamba_ssm can be installed without it. The first call that finds a device
     imports both, which takes seconds; its answer is kept.
     """
-    if not getattr(torch, DEVICE_TYPE).is_available():
+    if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device; run where there is one, with a CUDA build of torch"
     return _why_no_kernel()
 
@@ -57,64 +58,34 @@ def _why_no_kernel() -> str | None:
     return None
 
 
-def rejects(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-) -> str | None:
-    """Why the kernel can't take these arguments, or None. What `selective_scan` has checked already is left out."""
-    if u.device.type != DEVICE_TYPE:
-        return f"the tensors are on {u.device}; move them to a {DEVICE_TYPE} device"
-    if u.dtype == torch.float64:
+def limits(inputs: ScanInputs) -> str | None:
+    """Why the kernel can't take inputs on a CUDA device, or None. What `selective_scan` has checked is left out."""
+    width, n_state = inputs.A.shape
+    if inputs.u.dtype == torch.float64:
         return "the kernel has no float64; use float32, bfloat16 or float16"
-    if A.shape[1] > MAX_STATE:
-        return f"the state size is {A.shape[1]}; the kernel takes at most {MAX_STATE}"
-    if A.shape[0] > MAX_WIDTH:
-        return f"the width is {A.shape[0]}; the kernel takes at most {MAX_WIDTH}"
+    if n_state > MAX_STATE:
+        return f"the state size is {n_state}; the kernel takes at most {MAX_STATE}"
+    if width > MAX_WIDTH:
+        return f"the width is {width}; the kernel takes at most {MAX_WIDTH}"
     return None
 
 
 @torch.compiler.disable  # a C++ extension: a graph break, not an error
-def scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse_from: int,
-) -> tuple[Tensor, Tensor]:
-    """One call of mamba-ssm's `selective_scan_fn` for both directions: the kernel knows only one, so we turn its rows.
+def scan(inputs: ScanInputs, reverse_from: int) -> tuple[Tensor, Tensor]:
+    """One call of mamba-ssm's `selective_scan_fn`, see `Backend.scan`; gradients come from the kernel's own backward.
 
-    Shapes and dtypes are those of `selective_scan`, where `rejects` has nothing to say. Batch rows `reverse_from:` run
-    from the last time step to the first. Gradients come from the kernel's own backward.
-
-    Returns: the output [B, D, L] in `u`'s dtype and the input's order, the state after the last step taken [B, D, N]
-    in float32. The state is detached: the kernel's backward would silently drop its gradient.
+    The kernel only runs forwards, so sequences of the other direction are turned before and after. The last state is
+    detached, because the kernel's backward would silently drop its gradient.
     """
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    u, delta, B, C = (_in_scan_order(t, reverse_from) for t in (u, delta, B, C))
-    if z is not None:
-        z = _in_scan_order(z, reverse_from)
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus = inputs.with_sequences(
+        lambda x: in_scan_order(x, reverse_from).contiguous()
+    )
     if delta_bias is not None:
-        delta_bias = delta_bias.contiguous()  # selective_scan_fn sees to D's strides, not to these
+        delta_bias = delta_bias.contiguous()  # selective_scan_fn makes D contiguous, but not this
     out, last_state = selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus, True)
-    return _in_scan_order(out, reverse_from), last_state.detach()
+    return in_scan_order(out, reverse_from).contiguous(), last_state.detach()
 
 
-def _in_scan_order(x: Tensor, reverse_from: int) -> Tensor:
-    """Turns the rows `reverse_from:` of x [B, ..., L] back to front, contiguous; x itself if it is both already."""
-    if reverse_from == 0:
-        return x.flip(-1).contiguous()
-    if reverse_from < x.shape[0]:
-        return torch.cat([x[:reverse_from], x[reverse_from:].flip(-1)])  # transposes as it joins
-    return x.contiguous()
+BACKEND = Backend("mamba_ssm", scan, devices=("cuda",), why_not=why_not, limits=limits)

@@ -5,17 +5,15 @@ import logging
 import torch
 from torch import Tensor
 
-from ..kernels.library import has_tangent
+from ..kernels.library import DTYPES, state_dtype
 from . import chunked, cpu, mamba_ssm, reference
+from .backend import Backend, ScanInputs
 
 _logger = logging.getLogger(__name__)
 _announced: set[str] = set()
 
-# Fastest first: 'auto' takes the first that can. A backend is a module with
-#   why_not() -> str | None            why this machine can't run it
-#   rejects(*tensors) -> str | None    why it can't take these arguments
-#   scan(...)                          the scan itself; see reference.py
-BACKENDS = {"mamba_ssm": mamba_ssm, "cpu": cpu, "torch": chunked, "reference": reference}
+# Fastest first: 'auto' takes the first that can run.
+BACKENDS = {row.name: row for row in (mamba_ssm.BACKEND, cpu.BACKEND, chunked.BACKEND, reference.BACKEND)}
 
 
 def scan_backends() -> dict[str, str | None]:
@@ -66,10 +64,9 @@ def selective_scan(
 
     Source: Mamba (Gu & Dao 2023), algorithm 2.
     """
-    _check(u, delta, A, B, C, D, z, delta_bias)
-    reverse_from = 0 if reverse else u.shape[0]
-    chosen = _choose(backend, (u, delta, A, B, C, D, z, delta_bias))
-    out, state = chosen.scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse_from)
+    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    _check(inputs)
+    out, state = _choose(backend, inputs).scan(inputs, 0 if reverse else u.shape[0])
     return (out, state) if return_last_state else out
 
 
@@ -92,14 +89,13 @@ def bidirectional_scan(
 
     Returns: the sum of both outputs [B, D, L] in `u`'s dtype, each in the input's order.
     """
-    _check(u, delta, A, B, C, D, z, delta_bias, directions=2)
-    chosen = _choose(backend, (u, delta, A, B, C, D, z, delta_bias))
-    if chosen is cpu:
-        return cpu.bidirectional_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    u, delta, B, C = (t.flatten(0, 1) for t in (u, delta, B, C))  # [2, B, ...] -> [2B, ...]
-    z = None if z is None else z.flatten(0, 1)
-    batch = u.shape[0] // 2
-    out, _ = chosen.scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, batch)
+    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    _check(inputs, directions=(2,))
+    chosen = _choose(backend, inputs)
+    if chosen.both is not None:
+        return chosen.both(inputs)
+    batch = u.shape[1]
+    out, _ = chosen.scan(inputs.with_sequences(lambda x: x.flatten(0, 1)), batch)  # [2, B, ...] -> [2B, ...]
     return out[:batch] + out[batch:]
 
 
@@ -108,67 +104,61 @@ def _why_not(name: str) -> str | None:
     return BACKENDS[name].why_not()
 
 
-def _choose(name: str, tensors: tuple):
-    if has_tangent(*tensors):
-        if name not in ("auto", "reference"):
-            raise RuntimeError(f"scan backend {name!r} has no forward-mode derivative; use 'reference' for that")
-        return reference
+def _choose(name: str, inputs: ScanInputs) -> Backend:
+    """The backend of this name; for 'auto' the first that can run, and a log of why faster ones can't."""
     if name == "auto":
+        passed_over: dict[str, str] = {}
         for name, backend in BACKENDS.items():
-            if backend.rejects(*tensors) is None and _why_not(name) is None:
-                _announce(name, tensors)
+            reason = backend.rejects(inputs) or _why_not(name)  # in this order: _why_not may compile or import
+            if reason is None:
+                _announce(name, inputs, passed_over)
                 return backend
+            passed_over[name] = reason
     if name not in BACKENDS:
         raise ValueError(f"unknown scan backend {name!r}; choose 'auto' or one of {', '.join(BACKENDS)}")
     backend = BACKENDS[name]
-    reason = _why_not(name) or backend.rejects(*tensors)
+    reason = _why_not(name) or backend.rejects(inputs)
     if reason:
         raise RuntimeError(f"scan backend {name!r} can't run: {reason}")
     return backend
 
 
-def _announce(name: str, tensors: tuple) -> None:
-    """Says once what was chosen, and why nothing faster."""
+def _announce(name: str, inputs: ScanInputs, passed_over: dict[str, str]) -> None:
+    """Logs once which backend runs, as a warning if one made for this device can't, with the reason."""
     if torch.compiler.is_compiling() or name in _announced:
         return
     _announced.add(name)
-    faster = {"cpu": "cpu", "cuda": "mamba_ssm"}.get(tensors[0].device.type)
-    if faster in (None, name):
-        _logger.info("selective scan runs on the backend %r", name)
+    device = inputs.u.device.type
+    faster = [f"{row!r} can't run: {reason}" for row, reason in passed_over.items() if device in BACKENDS[row].devices]
+    if faster:
+        _logger.warning("selective scan runs on the slow backend %r, because %s", name, "; ".join(faster))
     else:
-        reason = _why_not(faster) or BACKENDS[faster].rejects(*tensors)
-        _logger.warning("selective scan runs on the slow backend %r: %s", name, reason)
+        _logger.info("selective scan runs on the backend %r", name)
 
 
-def _check(u, delta, A, B, C, D, z, delta_bias, directions: int | None = None) -> None:
-    for name, t in (("u", u), ("delta", delta), ("A", A), ("B", B), ("C", C)):
-        if not isinstance(t, Tensor):
-            raise ValueError(f"{name} is {type(t).__name__}; it must be a tensor")
-    for name, t in (("D", D), ("z", z), ("delta_bias", delta_bias)):
-        if t is not None and not isinstance(t, Tensor):
-            raise ValueError(f"{name} is {type(t).__name__}; it must be a tensor or None")
-    front = () if directions is None else (directions,)
-    if u.ndim != 3 + len(front) or 0 in u.shape or u.shape[: len(front)] != front:
-        wanted = ", ".join([*map(str, front), "batch, width, length"])
+def _check(inputs: ScanInputs, directions: tuple[int, ...] = ()) -> None:
+    """Raises ValueError for inputs that aren't what `ScanInputs` says; directions is (2,) for both in one call."""
+    tensors = list(zip(ScanInputs._fields, inputs[:8], strict=False))
+    for name, t in tensors:
+        optional = name in ("D", "z", "delta_bias")
+        if not isinstance(t, Tensor) and not (optional and t is None):
+            raise ValueError(f"{name} is {type(t).__name__}; it must be a tensor{' or None' if optional else ''}")
+    u, A = inputs.u, inputs.A
+    front = len(directions)
+    if u.ndim != 3 + front or 0 in u.shape or u.shape[:front] != directions:
+        wanted = ", ".join([*map(str, directions), "batch, width, length"])
         raise ValueError(f"u is {tuple(u.shape)}; it must be [{wanted}], none of them 0")
-    if u.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    if u.dtype not in DTYPES:
         raise ValueError(f"u is {u.dtype}; it must be float32, bfloat16, float16 or float64")
     width, length = u.shape[-2:]
     if A.ndim != 2 or A.shape[0] != width or A.shape[1] == 0:
         raise ValueError(f"A is {tuple(A.shape)}; it must be [{width}, state size], as u's width is {width}")
-    state_dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     sequence, coefficient, channel = tuple(u.shape), (*u.shape[:-2], A.shape[1], length), (width,)
-    for name, t, shape, dtype in (
-        ("delta", delta, sequence, u.dtype),
-        ("A", A, tuple(A.shape), state_dtype),
-        ("B", B, coefficient, u.dtype),
-        ("C", C, coefficient, u.dtype),
-        ("D", D, channel, state_dtype),
-        ("z", z, sequence, u.dtype),
-        ("delta_bias", delta_bias, channel, state_dtype),
-    ):
+    shapes = (sequence, sequence, tuple(A.shape), coefficient, coefficient, channel, sequence, channel)
+    for (name, t), shape in zip(tensors, shapes, strict=True):
         if t is None:
             continue
+        dtype = state_dtype(u.dtype) if name in ("A", "D", "delta_bias") else u.dtype
         if tuple(t.shape) != shape:
             raise ValueError(f"{name} is {tuple(t.shape)}; with u {sequence} and A {tuple(A.shape)} it must be {shape}")
         if t.dtype != dtype:

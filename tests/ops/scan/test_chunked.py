@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from etmamba_timm.ops.scan import chunked, reference
+from etmamba_timm.ops.scan.backend import ScanInputs
 
 NAMES = ["u", "delta", "A", "B", "C", "D", "z", "delta_bias"]
 PARAMETERS = {"A", "D", "delta_bias"}  # their gradients are sums over the batch and time
@@ -58,7 +59,7 @@ def cast(args: list[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
 def results(scan, args: list[Tensor | None], softplus: bool, reverse_from: int) -> dict[str, Tensor]:
     """The output, the last state and, for random gradients of both, the gradient of every argument."""
     args = [t if t is None else t.detach().requires_grad_() for t in args]
-    out, state = scan(*args, softplus, reverse_from)
+    out, state = scan(ScanInputs(*args, softplus), reverse_from)
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randint(-8, 9, t.shape, generator=generator).to(t.dtype) / 4 for t in (out, state)]  # exact
     given = {name: t for name, t in zip(NAMES, args, strict=True) if t is not None}
@@ -185,7 +186,7 @@ def test_gradcheck(reverse_from):
     args = [t.requires_grad_() for t in make(2, 2, 11, 2)]
     with sizes(5 * 8, 2**13):  # 3 blocks of 2 chunks
         assert chunked._cut(11, 8, True)[:2] == (3, 2)
-        assert torch.autograd.gradcheck(lambda *args: chunked.scan(*args, True, reverse_from), args)
+        assert torch.autograd.gradcheck(lambda *args: chunked.scan(ScanInputs(*args, True), reverse_from), args)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -211,13 +212,13 @@ def test_memory():
 
     with sizes(2**15, 2**13), LargestTensor() as largest:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            out, _ = chunked.scan(*args, True, 0)
+            out, _ = chunked.scan(ScanInputs(*args, True), 0)
         out.sum().backward()
     assert largest.numel < 0.5 * naive  # the backward's four buffers of a block
     assert sum(kept.values()) < naive
 
 
 def test_needs_nothing():
-    args = cast(make(1, 2, 3, 2), torch.bfloat16)
-    assert chunked.why_not() is None
-    assert chunked.rejects(*args) is None
+    inputs = ScanInputs(*cast(make(1, 2, 3, 2), torch.bfloat16))
+    assert chunked.BACKEND.why_not() is None
+    assert chunked.BACKEND.rejects(inputs) is None

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from etmamba_timm.ops import bidirectional_scan, scan_backends, selective_scan
 from etmamba_timm.ops.scan import reference
+from etmamba_timm.ops.scan.backend import ScanInputs
 
-# mamba_ssm has tests of its own: test_cuda.py
+# mamba_ssm has tests of its own: test_mamba_ssm.py
 HERE = [name for name, reason in scan_backends().items() if reason is None and name != "mamba_ssm"]
 FAST = [name for name in HERE if name != "reference"]
 PARAMETERS = ("A", "D", "delta_bias")
@@ -234,10 +235,10 @@ def test_cpu_operator_is_a_proper_one(backend):
 
     for optional in (True, False):
         args = both_directions(arguments(4, 5, 40, 4, torch.float32, optional=optional))
-        torch.library.opcheck(cpu._forward, (*args.values(), True, 2, True))
-        out, _, states = cpu._forward(*args.values(), True, 2, True)
+        torch.library.opcheck(cpu._forward, (2, True, *args.values(), True))
+        out, _, states = cpu._forward(2, True, *args.values(), True)
         with torch.no_grad():
-            torch.library.opcheck(cpu._backward, (torch.randn_like(out), *args.values(), states, True, 2))
+            torch.library.opcheck(cpu._backward, (torch.randn_like(out), states, 2, *args.values(), True))
 
 
 @pytest.mark.parametrize("backend", [name for name in HERE if name == "cpu"])
@@ -315,7 +316,7 @@ def test_reference_matches_the_closed_form():
     """One channel, one state, constant coefficients: h_t is a geometric sum."""
     ones = torch.ones(1, 1, 6, dtype=torch.float64)
     A = torch.full((1, 1), -0.5, dtype=torch.float64)
-    out, state = reference.scan(ones, ones * 0.2, A, ones * 3, ones * 2, None, None, None, False, 1)
+    out, state = reference.scan(ScanInputs(ones, ones * 0.2, A, ones * 3, ones * 2), 1)
     decay = torch.exp(torch.tensor(-0.1, dtype=torch.float64))
     h = torch.stack([0.2 * 3 * sum(decay**k for k in range(t + 1)) for t in range(6)])
     assert error(out[0, 0], 2 * h) < 1e-14

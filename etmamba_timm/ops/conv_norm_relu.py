@@ -19,21 +19,21 @@ def conv_norm_relu(
     eps: float,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """`ReLU(LN(PW(DW(x)))) + residual`; the norm is over the channels at each position, in float32 at least.
+    """`ReLU(LN(PW(DW(x)))) + residual`; the norm is over the channels at each position, in float32 or float64.
 
-    On the CPU one kernel does it; elsewhere PyTorch's operations.
+    One kernel on the CPU; PyTorch's operations elsewhere.
 
     Args:
         x: clip [B, C, T, H, W].
         depthwise: weight [C, 1, 3, 3, 3] and bias [C] of a convolution with zero padding 1; or None.
         pointwise: weight [C, C, 1, 1, 1] and bias [C].
         norm: weight and bias [C].
-        residual: as x; or None.
+        residual: the same shape as x; or None.
 
     Returns: [B, C, T, H, W].
 
     Raises:
-        ValueError: shapes that don't fit.
+        ValueError: mismatched shapes.
     """
     channels = x.shape[1]
     row = (channels,)
@@ -70,7 +70,7 @@ def _plain(
 
 
 def _channel_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    # Few channels: whole-tensor operations beat a layer_norm over rows of 3.
+    # With few channels whole-tensor operations are faster than layer_norm over rows of 3.
     dtype, x = x.dtype, x.to(state_dtype(x.dtype))
     centred = x - x.mean(1, keepdim=True)
     scale = (centred.square().mean(1, keepdim=True) + eps).rsqrt()
@@ -97,7 +97,7 @@ def _run(what: int, x: Tensor, parameters: Tensor, depthwise: bool, eps: float, 
 
 @torch.library.custom_op("etmamba_timm::cpu_conv_norm_relu", mutates_args=(), device_types="cpu")
 def _forward(x: Tensor, residual: Tensor | None, parameters: Tensor, depthwise: bool, eps: float) -> Tensor:
-    """x and residual [B, C, T, H, W], contiguous; all parameters in one row, in the order of `conv_norm_relu`."""
+    """x and residual [B, C, T, H, W], contiguous; all parameters flattened into one vector, in the order above."""
     out = torch.empty_like(x)
     _run(0, x, parameters, depthwise, eps, residual=residual, out=out)
     return out
@@ -135,7 +135,7 @@ def _(dout, x, parameters, depthwise, eps, needs_dx):
 
 
 def _rows() -> int:
-    """Rows of pixels in a task, each of which gives the parameters' gradients apart."""
+    """Rows of pixels in a task; each task sums the parameters' gradients on its own."""
     return library().etmamba_conv_norm_relu_rows()
 
 

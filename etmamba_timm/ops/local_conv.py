@@ -16,21 +16,21 @@ SIDES = (3, 5, 7)  # of the kernels, dilated by 1, 2 and 3
 def local_conv(
     x: Tensor, residual: Tensor, weights: list[Tensor], biases: list[Tensor], grid: tuple[int, int, int]
 ) -> Tensor:
-    """`residual + SiLU(concat(DC3(x), DC5(x), DC7(x), x))` for the patch tokens; the class token's residual alone.
+    """`residual + SiLU(concat(DC3(x), DC5(x), DC7(x), x))` for patch tokens; the class token's residual is unchanged.
 
-    On the CPU one kernel does it, in any strides, with sums in float32 at least; elsewhere PyTorch's convolutions.
+    One kernel on the CPU, for any strides, with sums in float32 or float64; PyTorch's convolutions elsewhere.
 
     Args:
         x: tokens [B, 1 + t·h·w, C], class token first.
         residual: tokens [B, 1 + t·h·w, 4C].
         weights: [C, 1, k, k] for k in 3, 5, 7.
-        biases: [C] three times.
+        biases: three of [C].
         grid: (t, h, w).
 
-    Returns: [B, 1 + t·h·w, 4C], in float32 at least.
+    Returns: [B, 1 + t·h·w, 4C], in residual's dtype, float16 and bfloat16 promoted to float32.
 
     Raises:
-        ValueError: shapes that don't fit.
+        ValueError: mismatched shapes.
 
     Source: paper 3.4.
     """

@@ -14,18 +14,18 @@ from .kernels.library import DTYPES, Strided, check_shapes, library, state_dtype
 def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, reverse: bool = False) -> Tensor:
     """`SiLU(conv(x))`, where a step sees itself and the K - 1 steps before it (after it in reverse).
 
-    On the CPU one kernel does it, in any strides, with sums in float32 at least; elsewhere PyTorch's convolution.
+    One kernel on the CPU, for any strides, with sums in float32 or float64; PyTorch's convolution elsewhere.
 
     Args:
         x: [B, N, E]; or [2, B, N, E] for both directions, forwards and backwards, with shared weights.
         weight: [E, 1, K], the last tap on the step itself.
         bias: [E].
-        reverse: whether [B, N, E] is convolved from the last step to the first.
+        reverse: whether x [B, N, E] is convolved from the last step to the first.
 
-    Returns: as x, contiguous.
+    Returns: the same shape and dtype as x, contiguous.
 
     Raises:
-        ValueError: shapes that don't fit.
+        ValueError: mismatched shapes.
     """
     if x.ndim != 3 and (x.ndim != 4 or x.shape[0] != 2):
         raise ValueError(f"x is {tuple(x.shape)}; it must be [B, N, E], or [2, B, N, E] for both directions")

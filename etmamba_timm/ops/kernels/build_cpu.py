@@ -1,8 +1,7 @@
-"""Compiles C++ files at their first use and keeps the shared library in a cache folder, the only place written to.
+"""Compiles C++ files at first use and keeps the shared library in a cache folder. Nothing is written anywhere else.
 
-A library's name in the cache is `<source>-<key>-<digest>.so`. The key says what it was made from and for which
-processor, the digest (of the file itself) that it is whole. Names appear by a rename, so that no half-written file ever
-has one.
+A library is called `<source>-<key>-<digest>.so`. The key is made from the sources, the flags and the processor. The
+digest is that of the file itself and shows damage. A file gets its name by a rename, once it is complete.
 """
 
 import contextlib
@@ -21,7 +20,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows: starting at once, processes compile once each, and the last one's library stays
+except ImportError:  # Windows: processes that start together compile once each, and the last one's library stays
     fcntl = None  # type: ignore[assignment]
 
 _logger = logging.getLogger(__name__)
@@ -29,9 +28,9 @@ _logger = logging.getLogger(__name__)
 COMPILERS = ("c++", "g++", "clang++")
 # No -ffast-math: with GCC it also links code that changes how the whole process treats denormal numbers.
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-fno-trapping-math")
-# Tried in turn: some compilers know only another name for the native processor, or come without OpenMP.
+# Tried in order: some compilers have another name for the native processor, or no OpenMP.
 OPTIONAL_FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
-_SCHEME = 1  # raise it when libraries must be built anew although source, flags and processor are the same
+_SCHEME = 1  # increase it to rebuild libraries whose sources, flags and processor haven't changed
 _CPUINFO = {  # the lines of /proc/cpuinfo that a native build depends on: x86, Arm, and the others
     *("vendor_id", "cpu family", "model", "model name", "stepping", "flags"),
     *("CPU implementer", "CPU architecture", "CPU variant", "CPU part", "Features"),
@@ -49,7 +48,7 @@ class BuildError(RuntimeError):
 def cache_dir() -> Path:
     """The cache folder: $ETMAMBA_CACHE, else $XDG_CACHE_HOME/etmamba_timm, else ~/.cache/etmamba_timm.
 
-    Those are the places on every system, as with torch and huggingface_hub.
+    The same on every operating system, as in torch and huggingface_hub.
     """
     try:
         if chosen := os.environ.get("ETMAMBA_CACHE"):
@@ -62,12 +61,11 @@ def cache_dir() -> Path:
 
 
 def load(*sources: Path) -> ctypes.CDLL:
-    """The library compiled from C++ files and the headers that they include; from the cache if it is there.
+    """The library compiled from C++ files and their headers, from the cache if possible. The first file names it.
 
-    Sources include each other and system headers alone. The library is named after the first. One in the cache is
-    loaded without a compiler and without starting a process. Hence its key is made of what is known without asking the
-    compiler: source texts, flags and processor, but neither $CXX nor a version. Empty the cache to build with another
-    compiler.
+    The files may only include each other and system headers. A cached library is loaded without a compiler and without
+    starting a process, so its key holds only what is known without asking the compiler: source texts, flags and
+    processor, but neither $CXX nor its version. Empty the cache to build with another compiler.
 
     Raises: BuildError.
     """
@@ -92,7 +90,7 @@ def _digest(data: bytes) -> str:
 
 
 def _processor() -> str:
-    """What decides whether code compiled for the native processor runs here. It starts no process."""
+    """Identifies the processor that native code is compiled for, without starting a process."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:  # not Linux: the kernel's version names the chip on Apple's; the host's name keeps machines apart
@@ -103,9 +101,9 @@ def _processor() -> str:
 
 
 def _cached(folder: Path, name: str) -> ctypes.CDLL | None:
-    """The first library of this name that is whole and loads.
+    """The first library of this name that is undamaged and loads.
 
-    There can be several: on a folder shared by systems with different C++ runtimes, each builds what loads there.
+    There are several if systems with different C++ runtimes share the folder: each builds one that it can load.
     """
     for path in sorted(folder.glob(f"{name}-*.so")):
         with contextlib.suppress(OSError):
@@ -117,7 +115,7 @@ def _cached(folder: Path, name: str) -> ctypes.CDLL | None:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process at a time, where there are locks: it spares the others the work, and nothing else depends on it."""
+    """Lets in one process at a time, where the file system has locks. This only saves work; all is well without."""
     with path.open("w") as file, contextlib.ExitStack() as unlock:
         if fcntl is not None:
             with contextlib.suppress(OSError):  # a file system without locks
@@ -128,7 +126,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _build(texts: dict[str, bytes], folder: Path, name: str) -> ctypes.CDLL:
-    for leftover in folder.glob("build-*"):  # of processes that were killed
+    for leftover in folder.glob("build-*"):  # left by killed processes
         with contextlib.suppress(OSError):
             if time.time() - leftover.stat().st_mtime > 24 * 3600:
                 shutil.rmtree(leftover, ignore_errors=True)

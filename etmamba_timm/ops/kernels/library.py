@@ -1,4 +1,4 @@
-"""The CPU kernels of cpu/: compiled and loaded at their first use, and what their wrappers share."""
+"""Loads the CPU kernels of cpu/, compiled at first use; and what their wrappers share."""
 
 import ctypes
 import functools
@@ -45,20 +45,20 @@ def library() -> ctypes.CDLL:
 
 
 def why_not() -> str | None:
-    """None if the kernels are there or can be compiled (which this does), else the reason and the remedy."""
+    """None if the kernels load, from the cache or newly compiled; else the reason and the remedy."""
     loaded = _library()
     return str(loaded) if isinstance(loaded, BuildError) else None
 
 
-@torch.compiler.assume_constant_result  # asked once, while tracing
+@torch.compiler.assume_constant_result  # asked once, at trace time
 def _compiled() -> bool:
     return why_not() is None
 
 
 def takes(*tensors: Tensor | None) -> bool:
-    """Whether the kernels can compute with these tensors, of one floating-point dtype or with parameters beside them.
+    """Whether the kernels can take these tensors.
 
-    They take tensors on the CPU ('meta' ones have shapes alone), and have no forward-mode derivative.
+    They take floating-point tensors on the CPU (and on 'meta', with only shapes), and have no forward-mode derivative.
     """
     given = [t for t in tensors if t is not None]
     return (
@@ -76,14 +76,14 @@ def has_tangent(*tensors: Tensor | None) -> bool:
 
 
 def check_shapes(*expected: tuple[str, Tensor | None, tuple[int, ...]]) -> None:
-    """Raises ValueError for a tensor of another shape; (name, tensor or None, shape) each. The kernels trust shapes."""
+    """Raises ValueError for a tensor of the wrong shape: the kernels trust shapes. Takes (name, tensor, shape)."""
     for name, tensor, shape in expected:
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} is {tuple(tensor.shape)}; it must be {shape}")
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums are kept in: float32, or float64 for float64."""
+    """The dtype of sums and states: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
 

@@ -1,12 +1,14 @@
 """The selective scan in plain PyTorch, vectorised over time: for machines with neither a GPU kernel nor a C++ compiler.
 
-Time is cut into blocks, one after another, and a block into K chunks of S steps, side by side: one operation takes one
-step in all chunks. A first pass finds where each chunk gets to from a state of zeros, a short loop over the chunks
-carries the state through them, and a second pass runs each chunk from its true first state. Exponentials are taken of
-Δ·A and its sums over chunks alone, and nothing is divided, so that any decay is safe, down to 0. K is 1, and one pass
-does, where a step is work enough for an operation, and where Δ·A may be positive: its sum might overflow needlessly.
+Time is cut into blocks that run one after another, and each block into K chunks of S steps that run side by side: one
+operation advances all chunks by one step. A first pass finds the last state of each chunk if it starts from zeros, a
+short loop carries the true states from chunk to chunk, and a second pass runs each chunk from its true first state.
+Exponentials are only taken of Δ·A and of its sums over chunks, and nothing is divided, so any decay is safe, down to 0.
+One chunk and one pass are enough where a step is already enough work for one operation. They are also used where Δ·A
+may be positive, because its sum could overflow when the states don't.
 
-Of all [B, D, N, L] states only a block's exist at a time; the backward runs them again from the first, which is kept.
+Only one block of the [B, D, N, L] states exists at a time. The backward pass recomputes each block from its first
+state, which is kept.
 """
 
 import itertools
@@ -20,12 +22,12 @@ from .backend import Backend, ScanInputs, in_scan_order
 
 # Sizes in elements, measured on CPUs.
 BLOCK = 2**19  # the states of a block: they should stay in the cache
-WIDE = 2**13  # the states of a step from which on a second pass costs more than it saves in calls
-# The same on a GPU, whose memory holds more and where calls are what costs; reckoned, not measured.
+WIDE = 2**13  # from this many states in a step on, a second pass costs more than it saves in calls
+# For GPUs, which have more memory and where the number of launches decides; estimated, not measured.
 GPU_BLOCK, GPU_WIDE = 2**24, 2**22
 
 
-@torch.compiler.disable  # decides on values, and has its own backward
+@torch.compiler.disable  # branches on values, and has its own backward
 def scan(inputs: ScanInputs, reverse_from: int) -> tuple[Tensor, Tensor]:
     """See `Backend.scan`. The last state carries a gradient; differentiable only once."""
     u, delta, A, B, C, D, z, delta_bias, delta_softplus = inputs
@@ -39,7 +41,7 @@ def scan(inputs: ScanInputs, reverse_from: int) -> tuple[Tensor, Tensor]:
     decaying = u.is_meta or bool((A.max() <= 0) & (delta.min() >= 0))
     blocks, chunks, steps = _cut(length, u.shape[0] * A.numel(), decaying, u.device.type == "cpu")
 
-    def cut(x: Tensor) -> Tensor:  # [B, R, L] -> [blocks, S, K, B, R]; the steps added have Δ = 0: nothing changes
+    def cut(x: Tensor) -> Tensor:  # [B, R, L] -> [blocks, S, K, B, R]; added steps have Δ = 0 and change nothing
         x = F.pad(in_scan_order(x.to(dtype), reverse_from), (0, blocks * chunks * steps - length))
         return x.unflatten(-1, (blocks, chunks, steps)).permute(2, 4, 3, 0, 1).contiguous()
 
@@ -57,7 +59,7 @@ BACKEND = Backend("torch", scan)
 
 
 def _cut(length: int, width: int, decaying: bool, on_cpu: bool = True) -> tuple[int, int, int]:
-    """How many blocks, chunks a block, and steps a chunk; width is the size of one step's states, B·N·D."""
+    """The numbers of blocks, of chunks in a block and of steps in a chunk; width is B·N·D, the states of one step."""
     block, wide = (BLOCK, WIDE) if on_cpu else (GPU_BLOCK, GPU_WIDE)
     steps = min(length, max(block // width, math.isqrt(length)))  # from √L steps on, blocks outweigh the states kept
     blocks = math.ceil(length / steps)
@@ -108,7 +110,7 @@ def _states(delta: Tensor, x: Tensor, A: Tensor, B: Tensor, first: Tensor, decay
     """Runs a block from its first state [B, N, D] on, and returns its last.
 
     Fills decay and h [S + 1, K, B, N, D]: decay[t] is exp(Δ_t A), h[t] the state before it, h[t + 1] the one after.
-    decay[S] is left as it came: 1, for what leaves a chunk is decay[S] h[S].
+    decay[S] stays 1, because what leaves a chunk is decay[S] h[S].
     """
     torch.mul(delta, A, out=decay[:-1]).exp_()
     torch.mul(x, B, out=h[1:])
@@ -116,15 +118,17 @@ def _states(delta: Tensor, x: Tensor, A: Tensor, B: Tensor, first: Tensor, decay
 
 
 def _recur(decay: Tensor, h: Tensor, delta: Tensor, A: Tensor, first: Tensor, backwards: bool = False) -> Tensor:
-    """`h[t + 1] += decay[t] h[t]` in place, from h[0] = first in the first chunk and from what left the one before in
-    the others. Returns what leaves the last. Backwards, the last step of the last chunk comes first.
+    """`h[t + 1] += decay[t] h[t]` in place, where h[0] is `first` in the first chunk.
+
+    In the others h[0] is what left the previous chunk. Returns what leaves the last one. Backwards, the last step
+    of the last chunk comes first.
     """
     decays, states, chunks = decay.unbind(), h.unbind(), range(h.shape[1])
     if backwards:
         decays, states, chunks = decays[::-1], states[::-1], chunks[::-1]
     states[0][chunks[0]] = first
     if len(chunks) > 1:
-        leaving = states[1].clone()  # each chunk, if it began with zeros
+        leaving = states[1].clone()  # what leaves each chunk if it starts from zeros
         for d, x in zip(decays[1:-1], states[2:], strict=True):
             torch.addcmul(x, d, leaving, out=leaving)
         leaving *= decays[-1]

@@ -1,9 +1,8 @@
-"""The selective scan on mamba-ssm's CUDA kernel: the only file that imports mamba_ssm, and not before it is asked to.
+"""The selective scan on mamba-ssm's CUDA kernel: the only file that imports mamba_ssm, at first use.
 
 Written against `csrc/selective_scan/selective_scan.cpp` of mamba-ssm 2.2.6 to 2.3.2. Beyond what the public function
-checks, that kernel wants: a CUDA device; the last dimension of u, delta, B, C and z with stride 1, and (its vector
-loads, where L is a multiple of 128) 16-byte aligned; at most 256 states; one thread block a row and channel, and so at
-most 65535 channels.
+checks, that kernel needs: a CUDA device; stride 1 in the last dimension of u, delta, B, C and z, aligned to 16 bytes
+where L is a multiple of 128 (vector loads); at most 256 states; at most 65535 channels (one thread block each).
 """
 
 import functools
@@ -21,8 +20,8 @@ MAX_WIDTH = 65535
 def why_not() -> str | None:
     """None if this machine can run the kernel, else why it can't and what to do about it.
 
-    The kernel is probed, not the package: mamba_ssm can be installed without it. The first call that finds a device
-    imports both, which takes seconds; its answer is kept.
+    Probes the kernel, not the package, since mamba_ssm can be installed without it. The first call that finds a device
+    imports both, which takes seconds; the answer is kept.
     """
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device; run where there is one, with a CUDA build of torch"
@@ -38,7 +37,7 @@ def _why_no_kernel() -> str | None:
         )
     rebuild = (
         "MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-build-isolation --no-deps --no-cache-dir --force-reinstall "
-        "mamba-ssm (which needs nvcc or finds a matching wheel; the README tells what PyTorch 2.14 wants beside)"
+        "mamba-ssm (which needs nvcc or a matching wheel; the README says what else PyTorch 2.14 needs)"
     )
     try:
         import selective_scan_cuda  # noqa: F401

@@ -37,8 +37,8 @@ def selective_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The selective scan of Mamba (S6): a linear recurrence whose coefficients depend on the input.
 
-    The arguments are those of mamba-ssm's `selective_scan_fn`, and two more. Strides are free: a transposed view of
-    `[B, L, D]` data is as good as contiguous `[B, D, L]`.
+    The arguments are those of mamba-ssm's `selective_scan_fn`, plus `reverse` and `backend`. Strides are free: a
+    transposed view of `[B, L, D]` data is as good as contiguous `[B, D, L]`.
 
     Args:
         u: the input [B, D, L]; float32, bfloat16, float16 or float64.
@@ -52,15 +52,15 @@ def selective_scan(
         delta_softplus: whether Δ = softplus(delta + delta_bias).
         return_last_state: whether to return the state after the last step as well.
         reverse: whether to run from the last time step to the first. The output stays in the input's order.
-        backend: a name from `scan_backends()`, or 'auto' for the first of them that can.
+        backend: a name from `scan_backends()`, or 'auto' for the fastest one that can run.
 
     Returns:
         The output [B, D, L] in `u`'s dtype, or (output, last state [B, D, N] in `A`'s dtype). The last state is
-        for inspection: backends need not carry a gradient through it.
+        for inspection: it carries no gradient on some backends.
 
     Raises:
-        ValueError: shapes or dtypes that don't fit, an empty sequence, an unknown backend.
-        RuntimeError: the backend that was named can't run here, or not with these arguments.
+        ValueError: mismatched shapes or dtypes, an empty sequence, an unknown backend.
+        RuntimeError: the named backend can't run on this machine or with these arguments.
 
     Source: Mamba (Gu & Dao 2023), algorithm 2.
     """
@@ -82,10 +82,10 @@ def bidirectional_scan(
     delta_softplus: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Both directions of a scan with shared parameters (paper 3.3), added up.
+    """The sum of a forward and a backward scan that share parameters (paper 3.3).
 
-    As `selective_scan`, with directions in front: u, delta and z are [2, B, D, L], B and C [2, B, N, L], where 0 runs
-    from the first time step to the last and 1 from the last to the first.
+    Arguments and errors are those of `selective_scan`, with directions in front: u, delta and z are [2, B, D, L], B and
+    C [2, B, N, L]. Index 0 runs from the first time step to the last, index 1 from the last to the first.
 
     Returns: the sum of both outputs [B, D, L] in `u`'s dtype, each in the input's order.
     """
@@ -99,7 +99,7 @@ def bidirectional_scan(
     return out[:batch] + out[batch:]
 
 
-@torch.compiler.assume_constant_result  # asked once, while tracing: probing a machine is nothing to compile
+@torch.compiler.assume_constant_result  # asked once, at trace time: probing the machine can't be compiled
 def _why_not(name: str) -> str | None:
     return BACKENDS[name].why_not()
 
@@ -131,14 +131,14 @@ def _announce(name: str, inputs: ScanInputs, passed_over: dict[str, str]) -> Non
     device = inputs.u.device.type
     faster = [f"{row!r} can't run: {reason}" for row, reason in passed_over.items() if device in BACKENDS[row].devices]
     if faster:
-        _logger.warning("selective scan runs on the slow backend %r, because %s", name, "; ".join(faster))
+        _logger.warning("selective scan runs on the slower backend %r, because %s", name, "; ".join(faster))
     else:
         _logger.info("selective scan runs on the backend %r", name)
 
 
 def _check(inputs: ScanInputs, directions: tuple[int, ...] = ()) -> None:
     """Raises ValueError for inputs that aren't what `ScanInputs` says; directions is (2,) for both in one call."""
-    tensors = list(zip(ScanInputs._fields, inputs[:8], strict=False))
+    tensors = list(zip(ScanInputs._fields[:8], inputs[:8], strict=True))
     for name, t in tensors:
         optional = name in ("D", "z", "delta_bias")
         if not isinstance(t, Tensor) and not (optional and t is None):
@@ -155,10 +155,11 @@ def _check(inputs: ScanInputs, directions: tuple[int, ...] = ()) -> None:
         raise ValueError(f"A is {tuple(A.shape)}; it must be [{width}, state size], as u's width is {width}")
     sequence, coefficient, channel = tuple(u.shape), (*u.shape[:-2], A.shape[1], length), (width,)
     shapes = (sequence, sequence, tuple(A.shape), coefficient, coefficient, channel, sequence, channel)
+    parameter_dtype = state_dtype(u.dtype)
     for (name, t), shape in zip(tensors, shapes, strict=True):
         if t is None:
             continue
-        dtype = state_dtype(u.dtype) if name in ("A", "D", "delta_bias") else u.dtype
+        dtype = parameter_dtype if name in ("A", "D", "delta_bias") else u.dtype
         if tuple(t.shape) != shape:
             raise ValueError(f"{name} is {tuple(t.shape)}; with u {sequence} and A {tuple(A.shape)} it must be {shape}")
         if t.dtype != dtype:

@@ -1,7 +1,7 @@
 """Compiling at first use and the cache of libraries: real compilers, real processes, no mocks.
 
-Processes load build.py by its path, since it needs the standard library alone; a torch import apiece would be most of
-the time.
+Processes load build_cpu.py by its path, because it only needs the standard library: importing torch in each would take
+most of the time.
 """
 
 import ctypes
@@ -41,7 +41,7 @@ except build.BuildError as error:
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiler(tmp_path_factory):
-    """Skips without a compiler that takes our flags; asked directly, so that no fault of build.py skips its tests."""
+    """Skips without a compiler that takes our flags; asks it directly, so no fault of build_cpu.py skips tests."""
     if os.name != "posix" or COMPILER is None:
         pytest.skip("there is no C++ compiler on PATH, or no shell to wrap it")
     folder = tmp_path_factory.mktemp("probe")
@@ -49,7 +49,7 @@ def _compiler(tmp_path_factory):
     command = [COMPILER, *build.FLAGS, str(folder / "probe.cpp"), "-o", str(folder / "probe.so")]
     probe = subprocess.run(command, capture_output=True, text=True)
     if probe.returncode != 0:
-        pytest.skip(f"{COMPILER} doesn't take the flags of build.py: {probe.stderr.strip()}")
+        pytest.skip(f"{COMPILER} doesn't take the flags of build_cpu.py: {probe.stderr.strip()}")
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def source(tmp_path) -> Path:
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """A fresh cache folder, not yet made, for this process and those it starts."""
+    """A cache folder that doesn't exist yet, for this process and those it starts."""
     folder = tmp_path / "the cache"
     monkeypatch.setenv("ETMAMBA_CACHE", str(folder))
     monkeypatch.delenv("CXX", raising=False)
@@ -70,7 +70,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def wrap(tmp_path, monkeypatch):
-    """Makes a shell script with these lines the compiler; "$@" is its command line, $CXX_LOG a file to write to."""
+    """Makes a shell script of these lines the compiler; "$@" is its command line, $CXX_LOG a file to write to."""
 
     def use(*lines: str) -> Path:
         log, script = tmp_path / "compiler.log", tmp_path / "wrapped c++"
@@ -102,7 +102,7 @@ def listing(*folders: Path) -> list[str]:
     return sorted(str(path) for folder in folders for path in folder.rglob("*"))
 
 
-# What it gives
+# Compiling and caching
 
 
 def test_compiles_calls_and_says_so_once(source, cache, caplog, capfd):
@@ -188,7 +188,7 @@ def test_a_compiler_that_does_not_know_the_native_flags(source, cache, wrap, ref
     assert log.read_text() == "compiled\n"
 
 
-# Several processes, and those that are killed
+# Several processes, and killed ones
 
 
 @pytest.mark.parametrize("locks", [True, False], ids=["locks", "no-locks"])
@@ -238,7 +238,7 @@ def test_killed_during_a_compile(source, cache, tmp_path, wrap, monkeypatch):
     assert not leftover.exists()
 
 
-# A cache that isn't what it was
+# A damaged cache
 
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "one bit"])
@@ -255,7 +255,7 @@ def test_a_damaged_library_is_built_anew(source, cache, damage):
 
 
 def test_a_whole_library_that_does_not_load_here_is_built_anew(source, cache):
-    """A folder shared with a system whose C++ runtime is another: each has its own library, and neither is removed."""
+    """A folder shared with a system that has another C++ runtime: each has its own library, and neither is removed."""
     assert outcome(start(source)) == "42"
     [library] = libraries(cache)
     foreign = b"made by another system"

@@ -20,7 +20,7 @@ struct Args {  // must match conv_norm_relu.py
     void *dout, *dv, *dparameters;  // dv: gradient of the depthwise convolution's output; [tasks, parameters]
 };
 
-template <typename S> struct Parameters {  // S: as they came; Vec<S>: their gradients, still apart for each lane
+template <typename S> struct Parameters {  // S: the parameters; Vec<S>: their gradients, one for each lane
     S *taps, *taps_bias, *mix, *mix_bias, *gain, *shift;
     Parameters(const Args& a, S* base) {
         const int64_t C = a.channels, K = a.depthwise == 3 ? 27 : 0;
@@ -122,7 +122,7 @@ template <typename T, typename S> void forward(const Args& a) {
                 stage.compute(a, x, p, w);
                 for (int64_t c = 0; c < a.channels; ++c) {
                     Vec<S> y = stage.normed[c] * p.gain[c] + p.shift[c];
-                    y = y > 0 ? y : y * 0;  // not a number stays so
+                    y = y > 0 ? y : y * 0;  // keeps NaN
                     if (a.residual) y += load<T, S>(row_of<T>(a, a.residual, rows.b, c, rows.t, h) + w, 1, count);
                     store<T, S>(row_of<T>(a, a.out, rows.b, c, rows.t, h) + w, 1, count, y);
                 }

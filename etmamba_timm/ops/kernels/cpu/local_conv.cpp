@@ -124,7 +124,7 @@ template <typename T, typename S> void backward(const Args& a) {
                         (s < SCALES ? dy[s] : dx)[p] = load<S, S>(from, a.dout.channel, count) * gate * (1 + y * (1 - gate));
                     }
                 }
-            for (int s = 0; s < SCALES; ++s) {  // of the weights: each tap's sum over the positions that it serves
+            for (int s = 0; s < SCALES; ++s) {  // gradients of the weights: each tap's sum over the positions it is used at
                 const int64_t k = side(s), dilation = s + 1;
                 for (int64_t i = 0; i < a.height; ++i) {
                     const Taps rows(i, a.height, s);

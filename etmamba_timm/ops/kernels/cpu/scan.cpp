@@ -49,11 +49,11 @@ template <typename S, int FIXED> struct Sizes {
     }
 };
 
-// What a chunk's recurrence needs at each of its steps. Computed for all of them at once: the steps are independent.
+// What a chunk's recurrence needs at each step. The steps are independent, so it is computed for all at once.
 template <typename T, typename S> struct Steps {
     Vec<S> raw[STEPS], dt[STEPS], x[STEPS];
-    // Memory is asked for the chunk that comes next, `ahead` steps away: a block's rows are too far apart for the
-    // processor to see by itself which will be wanted.
+    // Prefetches the next chunk, `ahead` steps away: a block's rows are too far apart for the processor to do so by
+    // itself.
     void read(const Args& a, const Walk& walk, int64_t begin, int64_t end, int64_t ahead, int64_t d, int count) {
         const Vec<S> bias = lanes_of<S>(a.delta_bias, d, 1, count);
         for (int64_t i = begin; i < end; ++i) {
@@ -109,7 +109,7 @@ template <typename T, typename S, int FIXED> void forward(const Args& a) {
                     for (int64_t j = 0; j < end - begin; ++j) {
                         const S *B = walk.states<S>(a.B, begin + j), *C = walk.states<S>(a.C, begin + j);
                         const V dt = steps.dt[j], dx = dt * steps.x[j];
-                        V even = {}, odd = {};  // two sums, so that one addition needn't wait for the other
+                        V even = {}, odd = {};  // two sums, so that additions don't wait for each other
 #pragma GCC unroll 16
                         for (int64_t n = 0; n < N; ++n) {
                             h[n] = vexp2(dt * A_k[n]) * h[n] + dx * B[n];
@@ -170,7 +170,7 @@ template <typename T, typename S, int FIXED> void backward(const Args& a) {
                 const V D = lanes_of<S>(a.D, d, 1, count);
                 steps.read(a, walk, begin, end, -STEPS, d, count);
 
-                // Once more forwards, keeping states and decays.
+                // Forwards again, keeping states and decays.
                 std::memcpy((void*)h.data(), size.chunk_state(a, walk.row, chunk, k), N * sizeof(V));
                 for (int64_t j = 0; j < end - begin; ++j) {
                     const S *B = walk.states<S>(a.B, begin + j), *C = walk.states<S>(a.C, begin + j);
@@ -223,7 +223,7 @@ template <typename T, typename S, int FIXED> void backward(const Args& a) {
                     store<T, S>(a.ddelta.at<T>(g, b, d, t), a.ddelta.channel, count, ddt);
                 }
             }
-            for (int64_t i = begin; i < end; ++i) {  // over the lanes at last; those beyond the width hold zeros
+            for (int64_t i = begin; i < end; ++i) {  // sum over the lanes; those beyond the width hold zeros
                 const int64_t at = ((walk.row * a.groups + group) * a.length + walk.t(i)) * N, j = i - begin;
                 for (int64_t n = 0; n < N; ++n) {
                     S sum_B = 0, sum_C = 0;

@@ -58,7 +58,7 @@ template <typename T, typename S> void backward(const Args& a) {
         std::vector<V> dy(STEPS + reach), dweight(a.taps + 1);
         for (int64_t d = 0; d < a.width; d += Lanes<S>::W) {
             const int count = (int)std::min<int64_t>(Lanes<S>::W, a.width - d);
-            const int64_t known = std::min(s.end + reach, a.length) - s.begin;  // those after the segment need x here
+            const int64_t known = std::min(s.end + reach, a.length) - s.begin;  // steps after the segment need its x
             for (int64_t j = 0; j < known; ++j) {
                 const V y = convolve<T, S>(a, s, s.begin + j, d, count), gate = sigmoid(y);
                 const V dout = load<T, S>(a.dout.at<T>(s.g, s.b, d, s.t(s.begin + j)), a.dout.channel, count);

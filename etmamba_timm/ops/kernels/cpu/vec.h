@@ -26,7 +26,7 @@ constexpr int BYTES = 16;
 #endif
 
 struct bfloat16 { uint16_t bits; };
-struct float16 { uint16_t bits; };  // not every compiler has one of its own
+struct float16 { uint16_t bits; };  // not every compiler has this type
 
 template <typename S> struct Lanes;
 template <> struct Lanes<float> {
@@ -90,7 +90,7 @@ inline Vec<double> vexp(Vec<double> x) {
     return x;
 }
 
-inline Vec<float> softplus(Vec<float> x) {  // log(1 + e^x), its relative error small also where e^x is
+inline Vec<float> softplus(Vec<float> x) {  // log(1 + e^x); the relative error is small even where e^x is
     const Vec<float> zero = {}, w = vexp(x > 0 ? -x : x);  // max(x, 0) + log(1 + w)
     Vec<float> p = w * 5.36482505e-03f - 3.00657952e-02f;  // minimax for log(1 + w) / w within [0, 1]
     p = p * w + 7.92045402e-02f;
@@ -226,7 +226,7 @@ template <typename Task> void run_tasks(int64_t tasks, int64_t threads, Task tas
 #endif
 }
 
-// Calls f with a tensor's element type and the type to compute in, by cpu.py's code of the dtype. False if unknown.
+// Calls f with a tensor's element type and the type to compute in, by library.py's code of the dtype. False if unknown.
 template <typename F> bool with_dtype(int dtype, F f) {
     switch (dtype) {
         case 0: f(float{}, float{}); return true;

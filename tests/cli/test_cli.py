@@ -135,7 +135,10 @@ def test_a_pipe_without_a_writer_does_not_hang(trained, folder, capsys):
 def test_an_endless_picture_does_not_take_the_memory(trained, folder, capsys):
     write_video(folder / "wide.mkv", num_frames=2, height=2, width=16384, codec="ffv1")
     assert main(["predict", "wide.mkv", "good.mp4", *trained]) == 1
-    assert "wide.mkv: frames are 2×16384, 32×262144 when they cover 32×32: too elongated" in capsys.readouterr().err
+    assert (
+        "wide.mkv: frames are 2×16384 and would become 32×262144 to cover 32×32: too elongated"
+        in capsys.readouterr().err
+    )
 
 
 def test_names_that_are_no_text(trained, folder, capsys):

@@ -174,7 +174,7 @@ def test_figures_go_where_they_can(tmp_path):
     scores = scores_of([0, 1], [0, 1], 2)
     with pytest.raises(ValueError, match="figures are written as .png, .pdf or .svg"):
         plot_confusion(scores, tmp_path / "c.jpg")
-    with pytest.raises(ValueError, match="no such folder; make it first"):
+    with pytest.raises(ValueError, match="no such folder; create it first"):
         plot_confusion(scores, tmp_path / "no" / "c.png")
     for suffix in ("pdf", "svg"):
         plot_confusion(scores, tmp_path / f"c.{suffix}")

@@ -178,7 +178,7 @@ def test_segments_are_written(tmp_path):
     assert [(row["start"], row["end"], row["label"]) for row in rows] == [("0", "1.235", "a, b"), ("1.235", "2", "ü")]
     assert json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))[1]["label"] == "ü"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s.csv", "s.json"]
-    with pytest.raises(ValueError, match="give a name that ends so"):
+    with pytest.raises(ValueError, match="change the suffix"):
         write_segments(segments, tmp_path / "s.txt")
     with pytest.raises(ValueError, match="no such folder"):
         write_segments(segments, tmp_path / "no" / "s.csv")

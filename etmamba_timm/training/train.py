@@ -3,8 +3,8 @@
 recipe = load_recipe("hmdb51", epochs=10)
 train(recipe, read_dataset("hmdb51", root), read_dataset("hmdb51", root, "val"), "runs/hmdb51")
 
-Random numbers depend only on the seed and the number of the update. So a resumed run ends with exactly the weights of an
-uninterrupted one, on the same machine and number of processes; on a GPU up to rounding, as the order of sums varies.
+Random numbers depend only on the seed and the number of the update. So a resumed run ends with exactly the weights of
+an uninterrupted one, on the same machine and number of processes; on a GPU up to rounding, as the order of sums varies.
 """
 
 import contextlib

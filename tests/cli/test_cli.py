@@ -63,7 +63,9 @@ def test_predict_without_a_model_takes_the_shipped_one_and_says_so(folder, monke
     assert main(["predict", "good.mp4", "--topk", "20"]) == 0
     out, err = capsys.readouterr()
     assert {line.split("%  ")[1] for line in out.splitlines()[1:]} >= {"cartwheel", "walk_backwards"}
-    assert err.startswith("etmamba: etmamba_ti.mocap knows 20 actions of rendered figures, and nothing of real video")
+    assert err.startswith(
+        "etmamba: etmamba_ti.mocap only knows 20 actions of rendered characters; for real video, give --model"
+    )
 
 
 def test_predict_json_is_what_python_gives(trained, capsys):
@@ -106,7 +108,7 @@ def test_features_are_written_whole(trained, folder, capsys):
 def test_features_do_not_overwrite_an_input(trained, folder, capsys):
     before = (folder / "weights.safetensors").read_bytes()
     assert main(["features", "good.mp4", *trained, "-o", "weights.safetensors"]) == 2
-    assert "is an input; name another file" in capsys.readouterr().err
+    assert "is also an input; give another file" in capsys.readouterr().err
     assert (folder / "weights.safetensors").read_bytes() == before
 
 

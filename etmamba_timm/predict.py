@@ -80,7 +80,7 @@ def load_model(
             )
         if not trained:
             _logger.warning("%s has no trained weights: its results are random", name)
-        load_start = warm_start is not None and "." in name  # only if the tag is explicit: it may be a large download
+        load_start = warm_start is not None and "." in name  # without a tag, not worth the download
         model = _from_source(name) if is_source else _create(name, pretrained=trained or load_start)
         has_classifier = trained and model.num_classes > 0
     if need_classifier and not has_classifier and not allow_untrained:

@@ -130,7 +130,7 @@ def timeline(
     length = shown[-1] + 1 / fps  # the last frame's duration is unknown: the average is assumed
     span = clip_seconds
     if span is None:
-        assert isinstance(clip.stride, int)
+        assert isinstance(clip.stride, int)  # 'spread' was refused above
         span = clip.num_frames * clip.stride / fps
     hop = span / 2 if hop is None else hop
     if not 0 < hop <= span < math.inf:

@@ -189,7 +189,7 @@ def mean_over_views(
         dist.all_gather_object(by_process, parts)
     gathered = [part for parts in by_process for part in parts]
     if not gathered:
-        raise ValueError(f"none of the {len(videos)} videos can be decoded")
+        raise ValueError(f"none of the {len(videos)} videos can be decoded; check the dataset")
     indices, labels, values = (torch.cat(tensors) for tensors in zip(*gathered, strict=True))
     if not values.isfinite().all():
         raise ValueError("the scores aren't finite; check the checkpoint, or use float32")

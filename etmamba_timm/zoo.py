@@ -25,7 +25,7 @@ def _cfg() -> dict:
     }
 
 
-default_cfgs = generate_default_cfgs(registered_cfgs(_cfg(), tuple(VARIANTS)))
+default_cfgs = generate_default_cfgs({**registered_cfgs(_cfg(), tuple(VARIANTS))})  # a copy, as dict is invariant
 
 
 def _create(

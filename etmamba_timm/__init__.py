@@ -1,4 +1,4 @@
-"""ETMamba and VideoMamba for video action recognition, as timm models. Importing this registers them with timm."""
+"""ETMamba and VideoMamba for video action recognition, as timm models, registered with timm on import."""
 
 from . import zoo
 

@@ -1,4 +1,4 @@
-"""`python -m etmamba_timm` is the `etmamba` command, for launchers that start modules: `accelerate launch -m`."""
+"""`python -m etmamba_timm`: the `etmamba` command, for launchers that run modules (`accelerate launch -m`)."""
 
 import sys
 

@@ -1,5 +1,6 @@
-"""What a clip is: how many frames of a video it takes, and how far apart they are."""
+"""How a clip is sampled: how many frames of a video, and how far apart."""
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, SupportsIndex
@@ -15,11 +16,11 @@ class Clip:
 
     Attributes:
         num_frames: frames in the clip.
-        stride: frames from one to the next; 'spread' for one frame from each of `num_frames` equal parts of the whole
-            video; None where it isn't known.
+        stride: distance between neighbouring frames of the clip; 'spread' for one frame from each of `num_frames`
+            equal parts of the whole video; None if unknown.
 
     Raises:
-        ValueError: a number below 1, or another kind of value.
+        ValueError: a number below 1, or a value of another type.
     """
 
     num_frames: int = 16
@@ -30,9 +31,12 @@ class Clip:
             raise ValueError(f"num_frames is {self.num_frames!r}; it must be a whole number, 1 or more")
         if self.stride not in (None, SPREAD) and not _is_count(self.stride):
             raise ValueError(
-                f"stride is {self.stride!r}; it must be the frames from one to the next (1 or more), or {SPREAD!r} for "
-                "frames spread over the whole video"
+                f"stride is {self.stride!r}; it must be the number of frames from one to the next (1 or more), or "
+                f"{SPREAD!r} for frames spread over the whole video"
             )
+        object.__setattr__(self, "num_frames", operator.index(self.num_frames))
+        if self.stride not in (None, SPREAD):
+            object.__setattr__(self, "stride", operator.index(self.stride))
 
     @property
     def is_spread(self) -> bool:
@@ -40,12 +44,12 @@ class Clip:
         return self.stride == SPREAD
 
     def known(self) -> "Clip":
-        """The same clip; an unknown stride becomes the paper's."""
+        """The clip with an unknown stride replaced by the paper's."""
         return replace(self, stride=DEFAULT_STRIDE) if self.stride is None else self
 
     @property
     def spacing(self) -> str:
-        """'2 apart'."""
+        """The stride in words, such as '2 apart'."""
         if self.stride is None:
             return "at an unknown stride"
         return "spread over the whole video" if self.is_spread else f"{self.stride} apart"
@@ -56,15 +60,23 @@ class Clip:
 
     @classmethod
     def from_config(cls, block: Mapping) -> "Clip":
-        """What `to_config` wrote. Raises ValueError for anything else."""
+        """Reads what `to_config` wrote.
+
+        Raises:
+            ValueError: an unknown setting, or an invalid value.
+        """
         if unknown := sorted(map(str, block.keys() - {"num_frames", "stride"})):
             raise ValueError(f"unknown settings {', '.join(unknown)}; a clip has num_frames and stride")
-        return cls(block.get("num_frames"), block.get("stride"))  # type: ignore[arg-type]  # checked there
+        return cls(block.get("num_frames"), block.get("stride"))  # type: ignore[arg-type]  # Clip checks them
 
 
 def parse_stride(text: str) -> Stride:
-    """A stride as it is written on a command line: a whole number, or 'spread'. Raises ValueError."""
-    return Clip(1, int(text) if text.isdecimal() else text).stride  # type: ignore[arg-type]
+    """Parses a stride on the command line: a whole number, or 'spread'.
+
+    Raises:
+        ValueError: anything else.
+    """
+    return Clip(1, int(text) if text.isdecimal() else text).stride  # type: ignore[arg-type]  # Clip checks it
 
 
 def _is_count(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, where it is known before the work that they can be."""
+"""Writing files completely or not at all, and checking early that they can be written."""
 
 import contextlib
 import os
@@ -8,25 +8,28 @@ from pathlib import Path
 
 
 def check_file(path: str | Path, suffixes: tuple[str, ...] = (), what: str = "files") -> None:
-    """Raises ValueError if `path` can't be written: to be called before the work.
+    """Checks that `path` can be written. Call it before a long computation.
 
     Args:
-        path: a file that is there or not.
-        suffixes: those that its name may have; none for any.
-        what: is written, in the plural, for the message.
+        path: a file that may or may not exist.
+        suffixes: allowed suffixes; empty for any.
+        what: a plural noun for the contents, used in the message.
+
+    Raises:
+        ValueError: `path` can't be written, or has another suffix.
     """
     path = Path(path)
     if suffixes and path.suffix.lower() not in suffixes:
         choice = " or ".join(filter(None, (", ".join(suffixes[:-1]), suffixes[-1])))
-        raise ValueError(f"{path}: {what} are written as {choice}; give a name that ends so")
+        raise ValueError(f"{path}: {what} are written as {choice}; change the suffix")
     target = path.resolve()
     if not target.parent.is_dir():
         parent = target.parent if path.is_symlink() else path.parent
-        raise ValueError(f"{parent}: no such folder; make it first")
+        raise ValueError(f"{parent}: no such folder; create it first")
     if target.is_dir():
-        raise ValueError(f"{path}: is a folder; name a file in it")
-    if target.exists() and not target.is_file():  # a device, which would be replaced
-        raise ValueError(f"{path}: is no regular file; name one")
+        raise ValueError(f"{path}: is a folder; give a file name")
+    if target.exists() and not target.is_file():  # such as a device, which would be replaced
+        raise ValueError(f"{path}: not a regular file; give another path")
     try:
         tempfile.TemporaryDirectory(dir=target.parent, prefix=".etmamba-").cleanup()
     except OSError as error:
@@ -35,8 +38,8 @@ def check_file(path: str | Path, suffixes: tuple[str, ...] = (), what: str = "fi
 
 @contextlib.contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """A draft beside `path`, of the same name, that takes its place when the block ends without an error."""
-    path = Path(path).resolve()  # writes through a link
+    """Yields a temporary path of the same name, which replaces `path` if the block ends without an error."""
+    path = Path(path).resolve()  # replaces a link's target, not the link
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".etmamba-") as folder:
         draft = Path(folder) / path.name
         yield draft

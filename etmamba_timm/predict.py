@@ -1,4 +1,4 @@
-"""From a video file to class scores or features.
+"""Class scores and features of video files.
 
 model = load_model("videomamba_m", checkpoint="videomamba_m16_k400_f16_res224.pth")
 scores = predict(model, "clip.mp4", num_clips=4, num_crops=3)
@@ -25,65 +25,66 @@ _logger = logging.getLogger(__name__)
 
 
 class UntrainedError(RuntimeError):
-    """There are no trained weights for what was asked: the result would be noise."""
+    """The model has no trained weights, so its results would be random."""
 
 
 def load_model(
     name: str, checkpoint: str | Path | None = None, *, allow_untrained: bool = False, need_classifier: bool = True
 ) -> EtMamba:
-    """A model with trained weights, in evaluation mode.
+    """Loads a model with trained weights, in evaluation mode.
 
     Args:
-        name: what `timm.create_model` takes: 'etmamba_m', a name with a tag, 'hf-hub:org/name', 'local-dir:folder'.
-        checkpoint: weights for that architecture: safetensors, .pth or a folder, ours or VideoMamba's. The numbers of
-            classes, frames and channels and the picture size are read off it; class names are those of its config.json,
-            else of the name's tag.
-        allow_untrained: whether a model without trained weights is made up at random instead of refused.
-        need_classifier: whether the classifier must be trained too; not so for features.
+        name: a name for `timm.create_model`: 'etmamba_m', a name with a tag, 'hf-hub:org/name' or 'local-dir:folder'.
+        checkpoint: weights for that architecture: safetensors, .pth or a folder, ours or VideoMamba's. They determine
+            the number of classes, frames and channels and the image size; class names come from its config.json, or
+            else from the name's tag.
+        allow_untrained: whether to return a randomly initialised model if there are no trained weights.
+        need_classifier: whether the classifier must be trained; features don't need it.
+
+    Returns: the model.
 
     Raises:
-        UntrainedError: there are no trained weights, or no trained classifier, or they are a mere starting point.
-        ValueError: an unknown name; CheckpointError: a checkpoint that is damaged or of another architecture.
+        UntrainedError: no trained weights, no trained classifier, or weights that are only a starting point.
+        ValueError: an unknown name.
+        CheckpointError: the checkpoint is damaged or of another architecture.
         FileNotFoundError: no such checkpoint.
-        DownloadError: it can't be fetched.
+        DownloadError: the weights can't be downloaded.
     """
     is_source = ":" in name  # hf-hub:, local-dir:
     if not is_source and name.partition(".")[0] not in VARIANTS:
-        raise ValueError(f"unknown model {name!r}; `etmamba info` lists those there are")
+        raise ValueError(f"unknown model {name!r}; `etmamba info` lists all models")
     if checkpoint is not None:
-        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(checkpoint)})
+        model = _create(name, pretrained=True, pretrained_cfg_overlay={"file": str(checkpoint)})
         has_classifier = model.num_classes > 0
         if "." not in name and VARIANTS[name]["block"] == "bimamba" and model.num_frames > 1 and model.stride is None:
             _logger.warning(
-                "%s doesn't state how its clips are sampled: frames are taken %d apart. VideoMamba's own weights want "
-                "them spread over the video: for those, name the tag (`etmamba info %s` lists them)",
+                "%s doesn't say how its clips are sampled, so frames are taken %d apart. VideoMamba's own weights need "
+                "frames spread over the video: for those, add the tag to the name (`etmamba info %s` lists them)",
                 *(checkpoint, model.clip.known().stride, name),
             )
     else:
         entry = None if is_source else find_checkpoint(name)
-        warm = entry is not None and entry.status == "warm start"
-        trained = is_source or (is_model_pretrained(name) and not warm)
-        if warm and not allow_untrained:
+        warm_start = entry if entry is not None and entry.status == "warm start" else None
+        trained = is_source or (is_model_pretrained(name) and warm_start is None)
+        if warm_start is not None and not allow_untrained:
             raise UntrainedError(
-                f"{name!r} is a starting point for training (weights of {entry.started_from}), not a classifier: its "
-                "results would be meaningless. Train it and give that checkpoint, or take a trained model"
+                f"{name!r} is a starting point for training (weights of {warm_start.started_from}), not a classifier: "
+                "its results would be meaningless. Train it and give that checkpoint, or choose a trained model"
             )
         if not is_source and "." in name and entry is None:
-            raise ValueError(
-                f"{name!r} has an unknown tag; `etmamba info {name.partition('.')[0]}` lists those there are"
-            )
+            raise ValueError(f"{name!r} has an unknown tag; `etmamba info {name.partition('.')[0]}` lists all tags")
         if not trained and not allow_untrained:
             raise UntrainedError(
-                f"{name!r} has no trained weights, so its results would be random. Give a checkpoint, or a model that "
-                "has weights (hf-hub:ORG/NAME, local-dir:FOLDER); or allow an untrained one"
+                f"{name!r} has no trained weights, so its results would be random. Give a checkpoint or a model "
+                "with weights (hf-hub:ORG/NAME, local-dir:FOLDER), or allow an untrained model"
             )
         if not trained:
             _logger.warning("%s has no trained weights: its results are random", name)
-        started = warm and "." in name  # a tag is asked for by name; else there is nothing worth a download
-        model = _from_source(name) if is_source else timm.create_model(name, pretrained=trained or started)
-        has_classifier = trained and getattr(model, "num_classes", 0) > 0
+        load_start = warm_start is not None and "." in name  # without a tag, not worth the download
+        model = _from_source(name) if is_source else _create(name, pretrained=trained or load_start)
+        has_classifier = trained and model.num_classes > 0
     if need_classifier and not has_classifier and not allow_untrained:
-        raise UntrainedError(f"{checkpoint or name}: no trained classifier, so classes would be random; take features")
+        raise UntrainedError(f"{checkpoint or name}: no trained classifier, so classes would be random; use features")
     return model.eval()
 
 
@@ -93,17 +94,18 @@ def predict(
     """Class scores of a video file: softmax, averaged over views (clips × crops).
 
     Args:
-        model: in evaluation mode, with a classifier. Its `clip` says how frames are sampled; an unknown stride is 2.
-        path: a video file that FFmpeg reads.
-        num_clips: clips, spread evenly over the video; a single one stands in its middle.
+        model: a model in evaluation mode, with a classifier. Frames are sampled by its `clip`; an unknown stride is 2.
+        path: a video file in any format of FFmpeg.
+        num_clips: number of clips, spread evenly over the video; a single one is centred.
         num_crops: 1 (centre) or 3 (along the longer side).
-        dtype: of autocast, e.g. torch.bfloat16; None for none.
+        dtype: autocast's dtype, such as torch.bfloat16; None for no autocast.
 
     Returns: float32 [num_classes], on the CPU.
 
     Raises:
-        VideoError: the file is missing, no video, or can't be decoded.
-        ValueError: a model without classes, a number of clips or crops that doesn't exist.
+        VideoError: the file is missing, isn't a video, or can't be decoded.
+        ValueError: a model without classes or in training mode, an invalid number of clips or crops, or scores that
+            aren't finite.
     """
     if model.num_classes < 1:
         raise ValueError("the model has no classes to predict; use extract_features, or a checkpoint with a classifier")
@@ -113,7 +115,12 @@ def predict(
 def extract_features(
     model: EtMamba, path: str | Path, *, num_clips: int = 1, num_crops: int = 1, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Pooled features of a video file before the classifier, averaged over views. As `predict`; float32 [D]."""
+    """Pooled features of a video file before the classifier, averaged over views.
+
+    Arguments and errors are as in `predict`, but the model needs no classifier.
+
+    Returns: float32 [D], on the CPU.
+    """
 
     def features(x: Tensor) -> Tensor:
         return model.forward_head(model.forward_features(x), pre_logits=True).float()
@@ -122,9 +129,9 @@ def extract_features(
 
 
 def top_classes(model: EtMamba, scores: Tensor, k: int = 5) -> list[dict]:
-    """The k best of `scores` [num_classes], best first, as {"label", "index", "score"}.
+    """The k classes with the highest `scores` [num_classes], best first.
 
-    Labels are those of `class_names`.
+    Returns: dictionaries {"label", "index", "score"}; labels are by `class_names`.
     """
     labels = class_names(model, len(scores))
     best = scores.topk(min(k, len(scores)))
@@ -135,7 +142,7 @@ def top_classes(model: EtMamba, scores: Tensor, k: int = 5) -> list[dict]:
 
 
 def class_names(model: EtMamba, num_classes: int) -> list[str]:
-    """`label_names` of the model's `pretrained_cfg`; unless there are so many, a class is called by its number."""
+    """Class names from the model's `pretrained_cfg`, or 'class 0' etc. unless it has `num_classes` names."""
     names = model.pretrained_cfg.get("label_names") or ()
     return list(names) if len(names) == num_classes else [f"class {i}" for i in range(num_classes)]
 
@@ -148,7 +155,7 @@ def _over_views(
     num_crops: int,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    """The mean over views of `function`, which takes the crops of one clip [num_crops, C, T, H, W]."""
+    """Averages `function` over views. Its argument is one clip's crops [num_crops, C, T, H, W]."""
     if model.training or not model.global_pool:
         raise ValueError("the model must be in evaluation mode and pool its tokens: model.eval(), global_pool='token'")
     transform = EvalTransform.from_model(model, size=model.img_size)
@@ -166,11 +173,19 @@ def _over_views(
     return mean
 
 
-def _from_source(name: str) -> torch.nn.Module:
-    """The model of a Hub repository or a folder. Its config.json is checked first: timm trips over a damaged one."""
+def _create(name: str, **arguments) -> EtMamba:
+    model = timm.create_model(name, **arguments)
+    assert isinstance(model, EtMamba)
+    return model
+
+
+def _from_source(name: str) -> EtMamba:
+    """Creates the model of a Hub repository or a folder. Checks config.json first, for clearer errors than timm's."""
     kind, _, where = name.partition(":")
-    if kind == "hf-hub":  # fetched here, as timm would wait half a minute for a Hub that can't be reached
+    if kind == "hf-hub":  # fetched here, as timm waits half a minute for a Hub that can't be reached
         read_config(fetch(where, CONFIG_FILE).parent)
     elif kind == "local-dir" and read_config(where) is None:
-        raise FileNotFoundError(f"{where} holds no {CONFIG_FILE}; name a folder that `etmamba convert` made")
-    return timm.create_model(name, pretrained=True)
+        raise FileNotFoundError(
+            f"{where} has no {CONFIG_FILE}; give a folder written by `etmamba convert` or `etmamba train`"
+        )
+    return _create(name, pretrained=True)

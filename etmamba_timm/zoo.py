@@ -1,4 +1,4 @@
-"""The zoo: timm's configurations, and an entry point for each row of `VARIANTS`."""
+"""The model zoo: timm's default_cfgs, and an entry point for each row of `VARIANTS`."""
 
 from collections.abc import Callable
 
@@ -25,15 +25,15 @@ def _cfg() -> dict:
     }
 
 
-default_cfgs = generate_default_cfgs(registered_cfgs(_cfg(), tuple(VARIANTS)))
+default_cfgs = generate_default_cfgs({**registered_cfgs(_cfg(), tuple(VARIANTS))})  # a copy, as dict is invariant
 
 
 def _create(
     variant: str, pretrained: bool, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs
 ) -> EtMamba:
-    saved = kwargs.get("pretrained_model_args") or {}  # of a config.json: timm has put them among the caller's
-    given = {k: v for k, v in kwargs.items() if k not in saved or v != saved[k]}
-    weights = find_pretrained(variant, pretrained, _cfg(), given, pretrained_cfg, pretrained_cfg_overlay, cache_dir)
+    saved = kwargs.get("pretrained_model_args") or {}  # from config.json; timm merges them into kwargs
+    requested = {k: v for k, v in kwargs.items() if k not in saved or v != saved[k]}
+    weights = find_pretrained(variant, pretrained, _cfg(), requested, pretrained_cfg, pretrained_cfg_overlay, cache_dir)
 
     def build(**arguments) -> EtMamba:
         model = EtMamba(**arguments)
@@ -44,7 +44,7 @@ def _create(
         return model
 
     kwargs.setdefault("pretrained_model_args", weights.model_args)
-    # The weights are loaded in `build`: timm's own loader would adapt them a second time, and read the file itself.
+    # pretrained=False, since `build` loads the weights: timm's loader would read the file again and adapt them twice.
     return build_model_with_cfg(
         build,
         variant,
@@ -63,14 +63,14 @@ _BLOCKS = {"stcm": "STCM blocks", "ebs": "EBS blocks", "bimamba": "VideoMamba's 
 _DOCSTRING = """{title} with {stem} and {block}; width {embed_dim}, depth {depth}.
 
     Args:
-        pretrained: whether to load trained weights.
-        num_classes (int): classes; 0 for none. Default 400, or the checkpoint's.
-        img_size (int or (int, int)): height and width that positions are made for, in pixels. Default 224.
-        num_frames (int): frames that positions are made for. Default 16.
+        pretrained (bool): whether to load trained weights. Default False.
+        num_classes (int): number of classes; 0 for no classifier. Default 400, or the checkpoint's.
+        img_size (int or (int, int)): height and width of the position embeddings' grid, in pixels. Default 224.
+        num_frames (int): length of the temporal position embedding, in frames. Default 16.
         in_chans (int): channels of a clip. Default 3.
         global_pool (str): 'token', 'avg' or ''. Default 'token'.
         drop_path_rate (float): stochastic depth. Default 0.1.
-        Any other argument of `etmamba_timm.models.EtMamba`, or of timm's `build_model_with_cfg`.
+        Other arguments: see `etmamba_timm.models.EtMamba` and timm's `build_model_with_cfg`.
 
     Returns:
         A model that takes normalised clips [B, C, T, H, W] or images [B, C, H, W] and returns logits [B, num_classes].

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from etmamba_timm.clip import Clip, parse_stride
@@ -27,7 +28,9 @@ def test_an_unknown_stride_becomes_the_papers_and_no_other_changes():
 
 @pytest.mark.parametrize("stride", [0, -1, 1.5, True, "wide", "2", [2]])
 def test_strides_that_are_none(stride):
-    with pytest.raises(ValueError, match="stride is .* it must be the frames from one to the next .* or 'spread'"):
+    with pytest.raises(
+        ValueError, match="stride is .* it must be the number of frames from one to the next .* or 'spread'"
+    ):
         Clip(8, stride)
 
 
@@ -44,8 +47,13 @@ def test_command_lines(text, stride):
 
 @pytest.mark.parametrize("text", ["0", "", "two", "1.5", "-1", "²"])
 def test_command_lines_that_say_nothing(text):
-    with pytest.raises(ValueError, match="it must be the frames from one to the next"):
+    with pytest.raises(ValueError, match="it must be the number of frames from one to the next"):
         parse_stride(text)
+
+
+def test_numpy_integers_become_ints():
+    clip = Clip(np.int64(8), np.int64(2))
+    assert json.loads(json.dumps(clip.to_config())) == {"num_frames": 8, "stride": 2}
 
 
 def test_settings_it_does_not_have():

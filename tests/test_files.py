@@ -51,9 +51,9 @@ def test_a_link_into_a_folder_that_is_not_there_names_that_folder(tmp_path):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("a.txt", "a.txt: rows are written as .csv, .json or .npy; give a name that ends so"),
-        ("nowhere/a.csv", "nowhere: no such folder; make it first"),
-        ("folder.csv", "folder.csv: is a folder; name a file in it"),
+        ("a.txt", "a.txt: rows are written as .csv, .json or .npy; change the suffix"),
+        ("nowhere/a.csv", "nowhere: no such folder; create it first"),
+        ("folder.csv", "folder.csv: is a folder; give a file name"),
     ],
 )
 def test_what_cannot_be_written(name, said, tmp_path, monkeypatch):
@@ -72,7 +72,7 @@ def test_a_folder_that_may_not_be_written(tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/null").exists(), reason="no such device")
 def test_a_device_is_not_replaced():
-    with pytest.raises(ValueError, match="^/dev/null: is no regular file; name one$"):
+    with pytest.raises(ValueError, match="^/dev/null: not a regular file; give another path$"):
         check_file("/dev/null")
 
 

@@ -125,9 +125,9 @@ class TestLoadModel:
         source = timm.create_model("videomamba_ti", num_classes=400, num_frames=2, img_size=32)
         save_file(source.state_dict(), tmp_path / "w.safetensors")
         assert load_model("videomamba_ti.k400_f8", tmp_path / "w.safetensors").clip.is_spread
-        assert "doesn't state" not in caplog.text
+        assert "doesn't say" not in caplog.text
         assert load_model("videomamba_ti", tmp_path / "w.safetensors").clip == Clip(2)
-        assert "doesn't state how its clips are sampled: frames are taken 2 apart" in caplog.text
+        assert "doesn't say how its clips are sampled, so frames are taken 2 apart" in caplog.text
 
     def test_class_names_are_those_of_a_tag(self, tmp_path):
         source = timm.create_model("videomamba_ti", num_classes=400, num_frames=2, img_size=32)
@@ -152,7 +152,7 @@ class TestLoadModel:
         source = timm.create_model("videomamba_ti", num_classes=0, num_frames=4, img_size=32)
         path = tmp_path / "weights.safetensors"
         save_file(source.state_dict(), path)
-        with pytest.raises(UntrainedError, match="no trained classifier.*take features"):
+        with pytest.raises(UntrainedError, match="no trained classifier.*use features"):
             load_model("videomamba_ti", path)
         assert load_model("videomamba_ti", path, need_classifier=False).num_classes == 0
 

@@ -66,7 +66,7 @@ def test_without_weights_pretrained_is_an_error(name):
         ({"num_frames": "2"}, "num_frames is '2'; it must be a whole number"),
         ({"img_size": "32"}, "img_size is '32'; it must be a whole number of pixels, or two"),
         ({"img_size": (32, 32, 32)}, "it must be a whole number of pixels, or two"),
-        ({"drop_path_rate": 2.0}, "drop_path_rate is 2.0; it must be within 0 and 1"),
+        ({"drop_path_rate": 2.0}, "drop_path_rate is 2.0; it must be between 0 and 1"),
         ({"block": ["stcm"]}, r"unknown block \['stcm'\]"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The `etmamba` command: arguments and printing; the work is done by the modules it calls."""
+"""The `etmamba` command: parsing arguments and printing. The other modules do the work."""
 
 import argparse
 import contextlib
@@ -10,14 +10,14 @@ from . import models, seeing, training, videos
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status: 0, 1 if a file or more failed, 2 if nothing could be done."""
+    """Runs the command and returns its exit status: 0, 1 if some files failed, 2 if the command failed."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     args = parser().parse_args(argv)
     if sys.stdout is None:
         print("etmamba: standard output is closed", file=sys.stderr)
         return 2
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may contain undecodable bytes
     try:
         status = args.run(args)
         sys.stdout.flush()
@@ -36,13 +36,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _drop_stdout() -> None:
-    """What is still to be written to standard output goes nowhere, without a complaint when Python exits."""
+    """Discards buffered output, so that Python doesn't report an error on exit."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+    """Builds the argument parser with all commands."""
     parser = argparse.ArgumentParser(prog="etmamba", description="ETMamba and VideoMamba on video files.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for module in (videos, training, seeing, models):

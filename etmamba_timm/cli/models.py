@@ -9,35 +9,53 @@ from .options import DTYPES, positive, stride
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Adds the parsers of this module's commands."""
-    info = commands.add_parser("info", help="list the models, or tell one's parameters and multiply-adds")
-    info.add_argument("model", nargs="?", help="a model's name")
-    info.add_argument("--num-frames", type=positive, metavar="T", help="frames of the clip that is counted")
-    info.add_argument("--img-size", type=positive, metavar="S", help="its height and width, in pixels")
-    info.add_argument("--backends", action="store_true", help="tell which scans this machine can run, and why not")
+    info = commands.add_parser("info", help="list the models, or show one's parameters and multiply-adds")
+    info.add_argument("model", nargs="?", help="name of a model")
+    info.add_argument("--num-frames", type=positive, metavar="T", help="frames of the clip (default: the model's)")
+    info.add_argument(
+        "--img-size", type=positive, metavar="S", help="height and width of the clip, in pixels (default: the model's)"
+    )
+    info.add_argument(
+        "--backends", action="store_true", help="show which scan backends run on this machine, and why others don't"
+    )
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(run=_info)
 
-    convert = commands.add_parser("convert", help="make a folder in the Hub's layout of a checkpoint")
-    convert.add_argument("source", type=Path, metavar="SOURCE", help="VideoMamba's .pth, one of training, safetensors")
-    convert.add_argument("folder", type=Path, metavar="OUT_DIR", help="a new folder")
-    convert.add_argument("--tag", help="what the manifest calls it (videomamba_m.k400_f8): labels, licence, figures")
-    convert.add_argument("--num-frames", type=positive, metavar="T", help="resample the temporal positions")
-    convert.add_argument("--img-size", type=positive, nargs="+", metavar="S", help="resample the spatial positions")
-    convert.add_argument("--dtype", choices=DTYPES, help="of the stored weights (default: their own, float32)")
-    convert.add_argument("--labels", type=Path, metavar="FILE", help="the classes' names, one a line, in order")
+    convert = commands.add_parser("convert", help="convert a checkpoint to a folder in the Hub's layout")
+    convert.add_argument(
+        "source", type=Path, metavar="SOURCE", help="a .pth or .safetensors file, ours or VideoMamba's"
+    )
+    convert.add_argument("folder", type=Path, metavar="OUT_DIR", help="the folder to create")
+    convert.add_argument(
+        "--tag", help="its name in the manifest (videomamba_m.k400_f8), for labels, licence and metrics"
+    )
+    convert.add_argument(
+        "--num-frames", type=positive, metavar="T", help="resample temporal position embeddings to T frames"
+    )
+    convert.add_argument(
+        "--img-size", type=positive, nargs="+", metavar="S", help="resample spatial position embeddings to this size"
+    )
+    convert.add_argument("--dtype", choices=DTYPES, help="dtype of the written weights (default: unchanged)")
+    convert.add_argument(
+        "--labels", type=Path, metavar="FILE", help="text file with the class names in order, one per line"
+    )
     convert.add_argument(
         "--stride", type=stride, metavar="N", help="frames from one of a clip to the next, or 'spread' over the video"
     )
-    convert.add_argument("--licence", help="e.g. Apache-2.0")
+    convert.add_argument("--licence", help="such as Apache-2.0")
     convert.set_defaults(run=_convert)
 
-    publish = commands.add_parser("publish", help="check a folder in the Hub's layout, and upload it")
-    publish.add_argument("folder", type=Path, metavar="DIR", help="that `etmamba convert` or `etmamba train` made")
-    publish.add_argument("repo", metavar="REPO", help="ORG/NAME on the Hub; made if it isn't there")
-    publish.add_argument("--licence", help="e.g. Apache-2.0 (default: that of config.json)")
-    publish.add_argument("--dry-run", action="store_true", help="check, show everything, upload nothing")
+    publish = commands.add_parser("publish", help="check a folder in the Hub's layout and upload it")
+    publish.add_argument(
+        "folder", type=Path, metavar="DIR", help="a folder written by `etmamba convert` or `etmamba train`"
+    )
+    publish.add_argument("repo", metavar="REPO", help="ORG/NAME on the Hub; created if it doesn't exist")
+    publish.add_argument("--licence", help="such as Apache-2.0 (default: from config.json)")
+    publish.add_argument(
+        "--dry-run", action="store_true", help="check and show what would be uploaded, but don't upload"
+    )
     publish.add_argument("--private", action="store_true", help="make a new repository private")
-    publish.add_argument("--revision", metavar="BRANCH", help="a branch that is there (default main)")
+    publish.add_argument("--revision", metavar="BRANCH", help="an existing branch (default main)")
     publish.set_defaults(run=_publish)
 
 
@@ -70,11 +88,12 @@ def _info(args: argparse.Namespace) -> int:
 def _describe(name: str, args: argparse.Namespace) -> dict:
     import timm
 
-    from ..models import VARIANTS, count_cost
+    from ..models import VARIANTS, EtMamba, count_cost
 
     if name.partition(".")[0] not in VARIANTS:
         raise ValueError(f"unknown model {name!r}; choose one of {', '.join(VARIANTS)}")
     model = timm.create_model(name, device="meta")
+    assert isinstance(model, EtMamba)
     size = (args.img_size, args.img_size) if args.img_size else model.img_size
     if size[0] % model.patch_size or size[1] % model.patch_size:
         raise ValueError(f"--img-size is {args.img_size}; it must be a multiple of {model.patch_size}")
@@ -104,20 +123,20 @@ def _readable(row: dict) -> dict:
         "parameters": f"{row['params'] / 1e6:.2f} M",
         "multiply-adds": f"{row['total_macs'] / 1e9:.1f} G, {row['scan_macs'] / 1e9:.1f} G of them in the scan",
         "  as VideoMamba": f"{row['videomamba_macs'] / 1e9:.1f} G, without the inner SSM: not the true cost",
-        "weights": ("\n" + " " * 18).join(map(_told, row["weights"])) or "none",
+        "weights": ("\n" + " " * 18).join(map(_summary, row["weights"])) or "none",
     }
 
 
-def _told(name: str) -> str:
-    """What the manifest says of a checkpoint, in a line."""
-    from ..checkpoints import find_checkpoint
+def _summary(name: str) -> str:
+    """A line about a checkpoint of the manifest."""
+    from ..checkpoints import manifest
     from ..checkpoints.card import views
 
-    entry = find_checkpoint(name)
+    entry = manifest()[name]
     if entry.status == "warm start":
         return f"{name}: a starting point, from {entry.started_from}"
-    figures = [f"{f['dataset']} {f['metric']} {f['value']} ({views(f)}, {f['whose']})" for f in entry.figures]
-    return f"{name}: {', '.join(figures) or 'no figures'}"
+    metrics = [f"{m['dataset']} {m['metric']} {m['value']} ({views(m)}, {m['whose']})" for m in entry.figures]
+    return f"{name}: {', '.join(metrics) or 'no metrics'}"
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -145,13 +164,13 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _labels(file: Path) -> list[str]:
-    """The names in a file, one a line; blank lines at its end are none."""
+    """Reads class names, one per line; blank lines at the end are ignored."""
     try:
         names = [line.strip() for line in file.read_text(encoding="utf-8-sig").rstrip().splitlines()]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} isn't UTF-8 ({error}); save it as that") from error
+        raise ValueError(f"{file} isn't UTF-8 ({error}); save it as UTF-8") from error
     if not names or not all(names):
-        raise ValueError(f"{file} is empty or has a blank line among the names; give a name on each line")
+        raise ValueError(f"{file} is empty or has a blank line between names; write one name per line")
     return names
 
 

@@ -1,4 +1,4 @@
-"""Arguments that several commands share, and what becomes of them."""
+"""Arguments that several commands share, and their handling."""
 
 import argparse
 import contextlib
@@ -7,9 +7,11 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
+    import torch
+
     from ..clip import Stride
     from ..data import EvalClips
     from ..models import EtMamba
@@ -17,33 +19,52 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+class ViewOptions(TypedDict):
+    """Options of `predict` and `extract_features`."""
+
+    num_clips: int
+    num_crops: int
+    dtype: "torch.dtype | None"
+
+
 def add_model(parser: argparse.ArgumentParser, views: bool = True, default: str | None = None) -> None:
-    """A model and how it is to run, on how many views of a video if there is a choice; `default` is told, not set."""
+    """Adds arguments for a model and how to run it, with `views` also on how many views of a video.
+
+    `default` is only shown in the help.
+    """
     text = "a model's name, hf-hub:ORG/NAME or local-dir:FOLDER" + (f" (default {default})" if default else "")
     parser.add_argument("--model", required=default is None, help=text)
-    parser.add_argument("--checkpoint", type=Path, help="its weights: .safetensors or .pth, ours or VideoMamba's")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="weights of the model: .safetensors or .pth, ours or VideoMamba's"
+    )
     if views:
-        parser.add_argument("--num-clips", type=positive, default=1, metavar="N", help="clips over a video (default 1)")
-        parser.add_argument("--num-crops", type=int, choices=(1, 3), default=1, help="crops of a frame (default 1)")
+        parser.add_argument("--num-clips", type=positive, default=1, metavar="N", help="clips per video (default 1)")
+        parser.add_argument("--num-crops", type=int, choices=(1, 3), default=1, help="crops per clip (default 1)")
     else:
         parser.set_defaults(num_clips=1, num_crops=1)
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, … (default: cuda if there is one, else cpu)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of autocast (default float32: none)")
-    parser.add_argument("--allow-untrained", action="store_true", help="run a model without weights: a random result")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, … (default: cuda if available, else cpu)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="autocast's dtype (default float32: no autocast)"
+    )
+    parser.add_argument(
+        "--allow-untrained", action="store_true", help="allow a model without trained weights; its results are random"
+    )
 
 
 def add_dataset(parser: argparse.ArgumentParser) -> None:
-    """A dataset of videos."""
+    """Adds arguments for a dataset of videos."""
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the folder of the videos")
-    layouts = "folders, list, kinetics, ssv2, hmdb51, breakfast or huggingface"  # data.LAYOUTS, without its imports
-    parser.add_argument("--dataset", metavar="LAYOUT", help=layouts)
-    parser.add_argument("--annotations", type=Path, metavar="DIR", help="the folder of the lists (default: DATA)")
-    parser.add_argument("--split", type=positive, metavar="N", help="of HMDB-51 and Breakfast (default 1)")
-    parser.add_argument("--workers", type=count, default=2, metavar="N", help="processes that decode (default 2)")
+    layouts = "folders, list, kinetics, ssv2, hmdb51, breakfast or huggingface"  # data.LAYOUTS without importing it
+    parser.add_argument("--dataset", metavar="LAYOUT", help=f"layout of the dataset: {layouts}")
+    parser.add_argument(
+        "--annotations", type=Path, metavar="DIR", help="the folder of the annotation files (default: DATA)"
+    )
+    parser.add_argument("--split", type=positive, metavar="N", help="split of HMDB-51 or Breakfast (default 1)")
+    parser.add_argument("--workers", type=count, default=2, metavar="N", help="decoding processes (default 2)")
 
 
 def eval_clips(args: argparse.Namespace, model: "EtMamba") -> "EvalClips":
-    """The videos of the dataset that `add_dataset` and --subset name, as the model takes them, in its classes."""
+    """The dataset chosen by the arguments of `add_dataset` and --subset, in the model's clips and classes."""
     from ..data import EvalClips, EvalTransform, read_dataset, with_classes
 
     layout, split = args.dataset or "folders", args.split or 1
@@ -53,14 +74,15 @@ def eval_clips(args: argparse.Namespace, model: "EtMamba") -> "EvalClips":
         annotations = with_classes(annotations, names)
     elif model.num_classes not in (0, len(annotations.classes)):
         raise ValueError(
-            f"the dataset has {len(annotations.classes)} classes, and the model {model.num_classes} without names"
+            f"the dataset has {len(annotations.classes)} classes, and the model {model.num_classes} without names; "
+            "give a model with the dataset's classes, or with class names"
         )
     transform = EvalTransform.from_model(model, size=model.img_size)
     return EvalClips(annotations, transform, model.clip, args.num_clips, args.num_crops)
 
 
-def set_up(args: argparse.Namespace, need_classifier: bool) -> tuple:
-    """The model on its device, and the options of `predict` and `extract_features`."""
+def set_up(args: argparse.Namespace, need_classifier: bool) -> "tuple[EtMamba, ViewOptions]":
+    """Loads the model onto its device; returns it, and the options of `predict` and `extract_features`."""
     import torch
 
     from ..predict import load_model
@@ -69,12 +91,10 @@ def set_up(args: argparse.Namespace, need_classifier: bool) -> tuple:
     try:
         torch.empty(0, device=device)
         if torch.device(device).type == "meta":
-            raise RuntimeError("it holds no numbers")
-    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:  # for one that isn't there
+            raise RuntimeError("its tensors have no data")
+    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:  # as a missing device raises
         reason = str(error).splitlines()[0].partition(". ")[0]
-        raise ValueError(
-            f"device {device!r} can't be used here; use cpu, or cuda where there is one ({reason})"
-        ) from None
+        raise ValueError(f"device {device!r} can't be used here ({reason}); use cpu, or cuda if available") from None
     model = load_model(
         args.model, args.checkpoint, allow_untrained=args.allow_untrained, need_classifier=need_classifier
     )
@@ -83,7 +103,15 @@ def set_up(args: argparse.Namespace, need_classifier: bool) -> tuple:
 
 
 def each(args: argparse.Namespace, work: Callable[[str], object], take: Callable) -> int:
-    """Works through the files behind a progress bar; a bad file is reported and does not stop the others."""
+    """Processes the files with a progress bar; a file that fails is reported, and the others go on.
+
+    Args:
+        args: `files`, `model` and perhaps `json`.
+        work: makes a file's result.
+        take: receives each result, and with --json each error.
+
+    Returns: the exit status, 1 if a file failed.
+    """
     from tqdm import tqdm
 
     failed = 0
@@ -108,7 +136,7 @@ def each(args: argparse.Namespace, work: Callable[[str], object], take: Callable
 
 @contextlib.contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Imports of what the extra brings."""
+    """Turns a failed import in the block into a message that names the extra to install."""
     try:
         yield
     except ImportError as error:
@@ -118,17 +146,17 @@ def extra(name: str) -> Iterator[None]:
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that prints, of several."""
+    """Whether this is the process that prints, among the processes of a launcher."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def count(text: str) -> int:
-    """A whole number, 0 among them."""
+    """Parses a whole number, 0 or more."""
     return 0 if text == "0" else positive(text)
 
 
 def stride(text: str) -> "Stride":
-    """A whole number from 1, or 'spread'."""
+    """Parses a whole number, 1 or more, or 'spread'."""
     from ..clip import parse_stride
 
     try:
@@ -138,14 +166,14 @@ def stride(text: str) -> "Stride":
 
 
 def positive(text: str) -> int:
-    """A whole number from 1."""
+    """Parses a whole number from 1 to 10,000."""
     if not text.isdecimal() or not 1 <= int(text) <= 10_000:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to 10000")
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a whole number from 1 to 10000")
     return int(text)
 
 
 def odd(text: str) -> int:
-    """An odd whole number from 1."""
+    """Parses an odd whole number from 1 to 10,000."""
     if positive(text) % 2 == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is even; give an odd number")
     return int(text)

@@ -8,45 +8,51 @@ from .options import add_dataset, add_model, eval_clips, extra, odd, positive, s
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Adds the parsers of this module's commands."""
-    analyze = commands.add_parser("analyze", help="draw confusions, features, receptive fields, cost")
-    kinds = analyze.add_subparsers(required=True, metavar="FIGURE")
+    analyze = commands.add_parser("analyze", help="plot confusions, features, receptive fields or cost")
+    kinds = analyze.add_subparsers(required=True, metavar="PLOT")
 
-    confusion = kinds.add_parser("confusion", help="which class is taken for which")
-    confusion.add_argument("scores", type=Path, metavar="SCORES", help="what `etmamba eval --scores` wrote")
+    confusion = kinds.add_parser("confusion", help="the confusion matrix: which classes are predicted for which")
+    confusion.add_argument("scores", type=Path, metavar="SCORES", help="a file written by `etmamba eval --scores`")
     _add_output(confusion)
     confusion.set_defaults(run=_confusion)
 
-    tsne = kinds.add_parser("tsne", help="features of videos, embedded in a plane")
+    tsne = kinds.add_parser("tsne", help="features of videos, embedded in two dimensions")
     add_model(tsne)
     add_dataset(tsne)
     tsne.add_argument("--subset", default="val", help="train, val or test (default val)")
-    tsne.add_argument("--batch-size", type=positive, default=8, metavar="B", help="clips at a time (default 8)")
-    tsne.add_argument("--classes", type=positive, default=10, metavar="N", help="draw N of the classes (default 10)")
+    tsne.add_argument("--batch-size", type=positive, default=8, metavar="B", help="clips per batch (default 8)")
+    tsne.add_argument("--classes", type=positive, default=10, metavar="N", help="plot at most N classes (default 10)")
     _add_output(tsne)
     tsne.set_defaults(run=_tsne)
 
-    erf = kinds.add_parser("erf", help="the effective receptive field: which pixels an output depends on")
-    erf.add_argument("files", nargs="+", metavar="FILE", help="video files; the field is the mean over them")
+    erf = kinds.add_parser("erf", help="the effective receptive field: the pixels that an output depends on")
+    erf.add_argument("files", nargs="+", metavar="FILE", help="video files to average over")
     add_model(erf, views=False)
-    erf.add_argument("--token", action="store_true", help="of the class token, not of the central patch")
+    erf.add_argument("--token", action="store_true", help="field of the class token instead of the central patch")
     _add_output(erf)
     erf.set_defaults(run=_erf)
 
     cost = kinds.add_parser("cost", help="accuracy against multiply-adds")
-    cost.add_argument("--of", default="Kinetics-400", metavar="DATASET", help="of the manifest (default Kinetics-400)")
-    cost.add_argument("--rows", type=Path, metavar="FILE", help="a CSV instead: name, params, macs, top1, source")
+    cost.add_argument(
+        "--of", default="Kinetics-400", metavar="DATASET", help="a dataset of the manifest (default Kinetics-400)"
+    )
+    cost.add_argument(
+        "--rows", type=Path, metavar="FILE", help="CSV file to plot instead: name, params, macs, top1, source"
+    )
     _add_output(cost)
     cost.set_defaults(run=_cost)
 
-    timeline = commands.add_parser("timeline", help="tell which action happens when in a long video")
+    timeline = commands.add_parser("timeline", help="find which action happens when in a long video")
     timeline.add_argument("file", metavar="FILE", help="a video file")
     add_model(timeline, views=False)
-    timeline.add_argument("--clip-seconds", type=float, metavar="S", help="that a clip spans (default: the model's)")
-    timeline.add_argument("--hop", type=float, metavar="S", help="from one clip to the next (default: half a clip)")
-    timeline.add_argument("--smooth", type=odd, default=3, metavar="N", help="moments averaged (odd, default 3)")
-    timeline.add_argument("--batch-size", type=positive, default=8, metavar="B", help="clips at a time (default 8)")
-    timeline.add_argument("--segments", type=Path, metavar="FILE", help="write the segments, as .csv or .json")
-    timeline.add_argument("-o", "--output", type=Path, metavar="FILE", help="draw the scores: .png, .pdf or .svg")
+    timeline.add_argument("--clip-seconds", type=float, metavar="S", help="duration of a clip (default: the model's)")
+    timeline.add_argument("--hop", type=float, metavar="S", help="time between starts of clips (default: half a clip)")
+    timeline.add_argument(
+        "--smooth", type=odd, default=3, metavar="N", help="average scores over N hops (odd, default 3)"
+    )
+    timeline.add_argument("--batch-size", type=positive, default=8, metavar="B", help="clips per batch (default 8)")
+    timeline.add_argument("--segments", type=Path, metavar="FILE", help="write the segments to a .csv or .json file")
+    timeline.add_argument("-o", "--output", type=Path, metavar="FILE", help="plot the scores: .png, .pdf or .svg")
     timeline.set_defaults(run=_timeline)
 
 
@@ -55,13 +61,13 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(output: Path) -> None:
-    """Raises ValueError, before the work, if no figure can be drawn or written there."""
-    from ..seeing.plots import check_target
+    """Raises ValueError, before the work, if a plot can't be drawn or written."""
+    from ..seeing.plots import check_plot_file
 
     with extra("analyze"):
         import matplotlib  # noqa: F401
         import sklearn  # noqa: F401
-    check_target(output)
+    check_plot_file(output)
 
 
 def _confusion(args: argparse.Namespace) -> int:
@@ -71,8 +77,8 @@ def _confusion(args: argparse.Namespace) -> int:
     _check(args.output)
     scores = Scores.load(args.scores)
     plot_confusion(scores, args.output)
-    for true, taken, share, number in most_confused(scores):
-        print(f"{share:7.2%}  {true} taken for {taken} ({number})")
+    for true, predicted, share, number in most_confused(scores):
+        print(f"{share:7.2%}  {true} predicted as {predicted} ({number})")
     return 0
 
 
@@ -93,19 +99,19 @@ def _erf(args: argparse.Namespace) -> int:
     import torch
 
     from ..data import EvalTransform, VideoReader, fixed_clips
-    from ..seeing.analyze import plot_receptive_field, receptive_field, share_that_holds
+    from ..seeing.analyze import plot_receptive_field, receptive_field, smallest_share
 
     _check(args.output)
     if args.dtype != "float32":
-        raise ValueError("the receptive field is computed in float32; leave --dtype out")
+        raise ValueError("the receptive field is computed in float32; omit --dtype")
     model, _ = set_up(args, need_classifier=False)
     transform = EvalTransform.from_model(model, size=model.img_size)
     readers = [VideoReader(file) for file in args.files]
     clips = [transform(reader.read(fixed_clips(model.clip, reader.info.num_frames)[0])) for reader in readers]
     field = receptive_field(model, torch.cat(clips).to(model.cls_token), "token" if args.token else "centre")
-    of = "class token" if args.token else "central patch"
-    plot_receptive_field(field, args.output, f"{args.model}: effective receptive field of the {of}")
-    print(f"half of the gradient lies on {share_that_holds(field, 0.5):.2%} of the pixels of {len(field)} frames")
+    output = "class token" if args.token else "central patch"
+    plot_receptive_field(field, args.output, f"{args.model}: effective receptive field of the {output}")
+    print(f"half of the gradient is on {smallest_share(field, 0.5):.2%} of the pixels of {len(field)} frames")
     return 0
 
 
@@ -147,5 +153,5 @@ def _timeline(args: argparse.Namespace) -> int:
 
 
 def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(10 * seconds), 600)
-    return f"{minutes:3}:{seconds / 10:04.1f}"
+    minutes, tenths = divmod(round(10 * seconds), 600)
+    return f"{minutes:3}:{tenths / 10:04.1f}"

@@ -12,10 +12,10 @@ from .options import add_dataset, add_model, eval_clips, extra, is_first_process
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Adds the parsers of this module's commands."""
-    train = commands.add_parser("train", help="train a model on a dataset of videos, or go on with it")
+    train = commands.add_parser("train", help="train a model on a dataset of videos, or resume a run")
     train.add_argument("--recipe", default="k400", metavar="NAME", help="k400, ssv2, hmdb51, breakfast, or a YAML file")
     train.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="settings other than the recipe's"
+        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="override settings of the recipe"
     )
     add_dataset(train)
     train.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="the run's folder")
@@ -26,8 +26,10 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     add_model(evaluate)
     add_dataset(evaluate)
     evaluate.add_argument("--subset", default="val", help="train, val or test (default val)")
-    evaluate.add_argument("--batch-size", type=positive, default=8, metavar="B", help="clips at a time (default 8)")
-    evaluate.add_argument("--scores", type=Path, metavar="FILE", help="write all scores, as safetensors")
+    evaluate.add_argument("--batch-size", type=positive, default=8, metavar="B", help="clips per batch (default 8)")
+    evaluate.add_argument(
+        "--scores", type=Path, metavar="FILE", help="write the scores of all videos to a safetensors file"
+    )
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     evaluate.set_defaults(run=_evaluate)
 
@@ -38,20 +40,26 @@ def _train(args: argparse.Namespace) -> int:
     with extra("train"):
         from ..training.recipe import load_recipe, parse_overrides
         from ..training.train import train
-    given = {"dataset": args.dataset, "split": args.split}
-    settings = parse_overrides(args.set) | {name: value for name, value in given.items() if value is not None}
+    options = {"dataset": args.dataset, "split": args.split}
+    settings = parse_overrides(args.set) | {name: value for name, value in options.items() if value is not None}
     recipe = load_recipe(args.recipe, **settings)
-    parts = [
+    train_set, val_set = (
         read_dataset(recipe.dataset, args.data, subset, split=recipe.split, annotations=args.annotations)
         for subset in ("train", "val")
-    ]
-    if is_first_process():
-        logging.getLogger("etmamba_timm").setLevel(logging.INFO)
-    figures = train(
-        recipe, *parts, args.output, workers=args.workers, save_updates=args.save_updates, progress=sys.stderr.isatty()
     )
     if is_first_process():
-        print(_accuracies(figures))
+        logging.getLogger("etmamba_timm").setLevel(logging.INFO)
+    metrics = train(
+        recipe,
+        train_set,
+        val_set,
+        args.output,
+        workers=args.workers,
+        save_updates=args.save_updates,
+        progress=sys.stderr.isatty(),
+    )
+    if is_first_process():
+        print(_accuracies(metrics))
         print(f"model: {args.output / 'model'}")
     return 0
 
@@ -81,21 +89,21 @@ def _evaluate(args: argparse.Namespace) -> int:
             dist.destroy_process_group()
     if not is_first_process():
         return 0
-    figures, each = scores.figures(), dict(zip(scores.classes, scores.per_class(), strict=True))
+    metrics, by_class = scores.metrics(), dict(zip(scores.classes, scores.per_class(), strict=True))
     if args.json:
-        print(json.dumps(figures | {"per_class": each}))
+        print(json.dumps(metrics | {"per_class": by_class}))
     else:
-        width = max(map(len, each))
-        for name, accuracy in each.items():
+        width = max(map(len, by_class))
+        for name, accuracy in by_class.items():
             print(f"{name:{width}}  " + ("no videos" if accuracy is None else f"{accuracy:7.2%}"))
-        print(_accuracies(figures))
+        print(_accuracies(metrics))
     if args.scores is not None:
         scores.save(args.scores)
     return 0
 
 
-def _accuracies(figures: dict) -> str:
-    text = f"top-1 {figures['top1']:.2%}, top-5 {figures['top5']:.2%}, mean of classes {figures['mean_class']:.2%}, "
-    text += f"{figures['videos']} videos"
-    left_out = [f"{figures[name]} {name}" for name in ("failed", "missing") if figures[name]]
+def _accuracies(metrics: dict[str, float]) -> str:
+    text = f"top-1 {metrics['top1']:.2%}, top-5 {metrics['top5']:.2%}, mean of classes {metrics['mean_class']:.2%}, "
+    text += f"{metrics['videos']} videos"
+    left_out = [f"{metrics[name]} {name}" for name in ("failed", "missing") if metrics[name]]
     return text + (f" ({', '.join(left_out)}, not counted)" if left_out else "")

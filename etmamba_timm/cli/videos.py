@@ -4,25 +4,29 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .options import add_model, each, positive, set_up
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SHIPPED = "etmamba_ti.mocap"
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Adds the parsers of this module's commands."""
-    predict = commands.add_parser("predict", help="name the action in video files")
-    predict.add_argument("files", nargs="*", metavar="FILE", help="video files (default: a sample of the package)")
+    predict = commands.add_parser("predict", help="classify the action in video files")
+    predict.add_argument("files", nargs="*", metavar="FILE", help="video files (default: the package's sample)")
     add_model(predict, default=SHIPPED)
     predict.add_argument("--topk", type=positive, default=5, metavar="K", help="classes to print (default 5)")
-    predict.add_argument("--json", action="store_true", help="print one JSON object a file, each on a line")
+    predict.add_argument("--json", action="store_true", help="print one JSON object per file, one per line")
     predict.set_defaults(run=_predict)
 
-    features = commands.add_parser("features", help="write features of video files")
+    features = commands.add_parser("features", help="extract features of video files")
     features.add_argument("files", nargs="+", metavar="FILE", help="video files")
     add_model(features)
-    features.add_argument("-o", "--output", type=Path, required=True, help="a .safetensors file")
+    features.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="a .safetensors file")
     features.set_defaults(run=_features)
 
 
@@ -31,13 +35,13 @@ def _predict(args: argparse.Namespace) -> int:
 
     if args.model is None:
         if args.checkpoint is not None:
-            raise ValueError("--checkpoint needs --model: what it holds the weights of")
+            raise ValueError("--checkpoint needs --model, the architecture of its weights")
         args.model = SHIPPED
         if args.files:
-            text = f"{SHIPPED} knows 20 actions of rendered figures, and nothing of real video: for that, give --model"
+            text = f"{SHIPPED} only knows 20 actions of rendered characters; for real video, give --model"
             print(f"etmamba: {text}", file=sys.stderr)
     elif not args.files:
-        raise ValueError("no video files are given; without --model, there is a sample")
+        raise ValueError("no video files are given; name some, or omit --model to run on the sample")
     args.files = args.files or [_sample()]
     model, options = set_up(args, need_classifier=True)
 
@@ -51,12 +55,12 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def _sample() -> str:
-    """A video that the shipped checkpoint hasn't seen; its name says what it shows."""
+    """A video that the shipped checkpoint wasn't trained on, named after its action."""
     from ..checkpoints.manifest import weights_folder
 
     sample = next(weights_folder().glob("sample_*.mp4"), None)
     if sample is None:
-        raise RuntimeError(f"no sample lies in {weights_folder()}; install etmamba-timm again, or name a video file")
+        raise RuntimeError(f"no sample in {weights_folder()}; reinstall etmamba-timm, or give a video file")
     return str(sample)
 
 
@@ -67,19 +71,19 @@ def _features(args: argparse.Namespace) -> int:
     check_file(args.output, (".safetensors",), "features")
     inputs = [Path(file) for file in args.files] + ([args.checkpoint] if args.checkpoint else [])
     if args.output.exists() and any(path.exists() and path.samefile(args.output) for path in inputs):
-        raise ValueError(f"{args.output}: is an input; name another file for the features")
+        raise ValueError(f"{args.output}: is also an input; give another file for the features")
     model, options = set_up(args, need_classifier=False)
-    done = []
+    done: list[tuple[str, Tensor]] = []
     try:
         return each(args, lambda file: (file, extract_features(model, file, **options)), done.append)
-    finally:  # also when it is interrupted
+    finally:  # also on an interrupt
         if done:
             _write_features(args, done)
             print(f"features of {len(done)} of {len(args.files)} files: {args.output}", file=sys.stderr)
 
 
-def _write_features(args: argparse.Namespace, features: list[tuple]) -> None:
-    """Writes 'features' [files, D], and the files' names in the metadata; whole or not at all."""
+def _write_features(args: argparse.Namespace, features: "list[tuple[str, Tensor]]") -> None:
+    """Writes 'features' [files, D], with the file names as metadata; completely or not at all."""
     import torch
     from safetensors.torch import save
 

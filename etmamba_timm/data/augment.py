@@ -1,4 +1,4 @@
-"""The transform for training: timm's and torchvision's augmentations, alike on all frames of a clip."""
+"""The transform for training: timm's and torchvision's augmentations, the same for all frames of a clip."""
 
 import random
 from dataclasses import dataclass
@@ -10,24 +10,27 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms.v2 import RandomResizedCrop, functional
 
-MOST_MAGNITUDE = 9.99  # at 10, timm would posterise to 0 bits: a black picture, and an error of newer Pillows
+MOST_MAGNITUDE = 9.99  # at 10, timm posterises to 0 bits: a black image, and an error in newer versions of Pillow
 
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Random resized crop, flip, RandAugment, normalisation, random erasing; calling it makes a clip of frames.
+    """Random resized crop, flip, RandAugment, normalisation and random erasing; calling it transforms a clip.
 
-    It draws from the global generators of `random`, NumPy and PyTorch.
+    It uses the global random generators of `random`, NumPy and PyTorch.
 
     Attributes:
         size: (height, width) of the clip, in pixels.
-        mean, std: as in `EvalTransform`, three values.
-        scale: least and most share of the frame's area that the crop covers; (1, 1) with `ratio` (1, 1) crops a square.
-        ratio: least and most of the crop's width to height.
-        flip: chance of a mirror image. 0 where left and right are the class (Something-Something).
-        rand_augment: timm's configuration, or '' for none. The paper's: magnitude 9, its deviation 0.5. Magnitudes end
-            just below 10, whatever `mmax` says.
-        erasing: chance of random erasing, with noise; the same rectangle in all frames.
+        mean, std: as in `EvalTransform`, with three values.
+        scale: range of the fraction of the frame's area that is cropped.
+        ratio: range of the crop's aspect ratio, width over height; (1, 1) for square crops.
+        flip: probability of a horizontal flip; 0 if left and right distinguish classes (Something-Something).
+        rand_augment: timm's configuration, or '' for none. The paper's has magnitude 9 and deviation 0.5. Magnitudes
+            stay just below 10, whatever `mmax` says.
+        erasing: probability of random erasing, with noise; the same rectangle in all frames.
+
+    Raises:
+        ValueError: an invalid setting.
     """
 
     size: tuple[int, int] = (224, 224)
@@ -44,14 +47,14 @@ class TrainTransform:
             raise ValueError(f"mean has {len(self.mean)} values and std {len(self.std)}; give 3 each, for RGB")
         for name, value in (("flip", self.flip), ("erasing", self.erasing)):
             if not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value}; a chance lies within 0 and 1")
+                raise ValueError(f"{name} is {value}; a probability must be between 0 and 1")
         if self.rand_augment:
             try:
                 rand_augment_transform(self.rand_augment, {})
-            except Exception as error:  # timm asserts, looks up, converts
+            except Exception as error:  # timm raises AssertionError, KeyError, ValueError, ...
                 raise ValueError(
-                    f"rand_augment is {self.rand_augment!r}, none of timm's configurations such as "
-                    "'rand-m9-mstd0.5-inc1'; leave it empty for none"
+                    f"rand_augment is {self.rand_augment!r}, which timm can't parse; give a configuration such as "
+                    "'rand-m9-mstd0.5-inc1', or leave it empty for none"
                 ) from error
 
     def __call__(self, frames: Tensor) -> Tensor:
@@ -62,24 +65,24 @@ class TrainTransform:
             clip = functional.horizontal_flip(clip)
         if self.rand_augment:
             clip = self._rand_augment(clip)
-        clip = clip.transpose(0, 1).contiguous().float().div_(255)  # -> [3, T, h, w], and so in memory
+        clip = clip.transpose(0, 1).contiguous().float().div_(255)  # -> [3, T, h, w]
         mean, std = (clip.new_tensor(values).view(-1, 1, 1, 1) for values in (self.mean, self.std))
         clip = clip.sub_(mean).div_(std)
         if self.erasing:
             erase = RandomErasing(self.erasing, mode="pixel", device="cpu")
-            clip = erase(clip.flatten(0, 1)).unflatten(0, clip.shape[:2])  # one picture of 3·T channels
+            clip = erase(clip.flatten(0, 1)).unflatten(0, clip.shape[:2])  # as one image of 3·T channels
         return clip
 
     def _rand_augment(self, clip: Tensor) -> Tensor:
-        """timm draws anew for each picture; the generators are set back before each frame, so all are treated alike."""
+        """RandAugment with the same choices for all frames: the generators are reset before each frame."""
         colour = tuple(round(255 * value) for value in self.mean)
-        farthest = int(0.45 * min(self.size))  # pixels at magnitude 10; timm's share
-        settings = {"translate_const": farthest, "img_mean": colour, "magnitude_max": MOST_MAGNITUDE}
+        shift = int(0.45 * min(self.size))  # pixels at magnitude 10; timm's fraction
+        settings = {"translate_const": shift, "img_mean": colour, "magnitude_max": MOST_MAGNITUDE}
         augment = rand_augment_transform(self.rand_augment, settings)
         states = random.getstate(), np.random.get_state()
-        pictures = []
+        augmented = []
         for frame in clip:
             random.setstate(states[0])
             np.random.set_state(states[1])
-            pictures.append(functional.pil_to_tensor(augment(functional.to_pil_image(frame))))
-        return torch.stack(pictures)
+            augmented.append(functional.pil_to_tensor(augment(functional.to_pil_image(frame))))
+        return torch.stack(augmented)

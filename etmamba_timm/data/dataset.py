@@ -18,24 +18,24 @@ from .video import VideoError, VideoReader
 
 _logger = logging.getLogger(__name__)
 
-MOST_FAILURES = 20  # videos in a row that can't be decoded
+MOST_FAILURES = 20  # undecodable videos in a row before TrainClips gives up
 
 
 class TrainClips(Dataset):
-    """One random clip a video: {'clip': float32 [C, T, H, W], 'label': int, 'index': int}.
+    """One random clip per video: {'clip': float32 [C, T, H, W], 'label': int, 'index': int}.
 
-    What is drawn depends on `seed`, `epoch` and the video's index alone: not on workers, their number, or what was
-    drawn before. In the place of a video that can't be decoded, which is logged once, comes the next that can, with its
-    own label and index; so a batch keeps its size.
+    Random choices depend only on `seed`, `epoch` and the video's index, not on the workers or the order of access. A
+    video that can't be decoded is logged once and replaced by the next one that can, with that one's label and index,
+    so batches keep their size.
 
     Args:
         annotations: the videos.
-        transform: uint8 [T, H, W, 3] -> float32 [C, T, H, W]; draws from the global generators.
-        clip: which frames make a clip.
-        seed: of everything drawn.
+        transform: uint8 [T, H, W, 3] -> float32 [C, T, H, W]; may use the global random generators.
+        clip: how frames are sampled.
+        seed: the random seed.
 
     Raises:
-        VideoError: when a clip is asked for, and `MOST_FAILURES` videos in a row, or all, can't be decoded.
+        VideoError: on access, when `MOST_FAILURES` videos in a row, or all of them, can't be decoded.
     """
 
     def __init__(
@@ -57,11 +57,13 @@ class TrainClips(Dataset):
                     reader = VideoReader(path)
                     frames = reader.read(draw_clip(self.clip, reader.info.num_frames, random.Random(random.random())))
                 except VideoError as error:
-                    _failed(self._failed, i, error)
+                    _log_failure(self._failed, i, error)
                     continue
                 return {"clip": self.transform(frames), "label": label, "index": i}
         path = self.annotations.samples[index][0]
-        raise VideoError(f"{path}: from this one on, {len(tries)} videos in a row can't be decoded; check the dataset")
+        raise VideoError(
+            f"{path}: {len(tries)} videos in a row, starting with this one, can't be decoded; check the dataset"
+        )
 
 
 class EvalClips(Dataset):
@@ -69,8 +71,8 @@ class EvalClips(Dataset):
 
     Args:
         annotations, clip: as in `TrainClips`.
-        transform: cuts the crops.
-        num_clips, num_crops: views over time, and over space (1 or 3).
+        transform: makes the crops.
+        num_clips, num_crops: views in time and in space (1 or 3).
     """
 
     def __init__(
@@ -96,21 +98,23 @@ class EvalClips(Dataset):
             frames = reader.read([number for clip in clips for number in clip])
             views = [self.transform(part, self.num_crops) for part in frames.split(self.clip.num_frames)]
         except VideoError as error:
-            return _failed(self._failed, index, error)
+            _log_failure(self._failed, index, error)
+            return None
         except ElongatedError as error:
-            return _failed(self._failed, index, VideoError(f"{path}: {error}"))
+            _log_failure(self._failed, index, VideoError(f"{path}: {error}"))
+            return None
         return {"clip": torch.cat(views), "label": label, "index": index}
 
 
 def collate(items: Sequence[dict | None]) -> dict[str, Tensor] | None:
-    """A batch of those items that could be decoded; None if none could."""
-    given = [item for item in items if item is not None]
-    return default_collate(given) if given else None
+    """Batches the items that could be decoded; None if none could."""
+    decoded = [item for item in items if item is not None]
+    return default_collate(decoded) if decoded else None
 
 
 @contextmanager
 def seeded(*seeds: int) -> Iterator[None]:
-    """Seeds the global generators of `random`, NumPy and PyTorch (CPU), and sets them back afterwards."""
+    """Seeds the global generators of `random`, NumPy and PyTorch (CPU), and restores their states afterwards."""
     state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     value = int(np.random.SeedSequence(seeds).generate_state(1)[0])
     random.seed(value)
@@ -124,7 +128,7 @@ def seeded(*seeds: int) -> Iterator[None]:
         torch.set_rng_state(state[2])
 
 
-def _failed(known: set[int], index: int, error: VideoError) -> None:
-    if index not in known:
-        known.add(index)
+def _log_failure(logged: set[int], index: int, error: VideoError) -> None:
+    if index not in logged:
+        logged.add(index)
         _logger.warning("left out: %s", error)

@@ -1,4 +1,4 @@
-"""From frames to the float clips a model takes: resize, crop, normalise."""
+"""The transform for evaluation, from frames to a model's input: resize, crop, normalise."""
 
 from dataclasses import dataclass
 
@@ -8,26 +8,29 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-MOST_PIXELS = 2**22  # of a resized frame: only a picture that is a mere line has more
+MOST_PIXELS = 2**22  # of a resized frame; only extremely elongated frames exceed it
 _INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
 
 
 class ElongatedError(ValueError):
-    """Frames so much longer than wide, or wider than long, that they would grow out of all proportion."""
+    """The frames' aspect ratio is so extreme that resizing would make them huge."""
 
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """The transform for evaluation; calling it cuts one or three views out of a clip.
+    """The transform for evaluation; calling it returns one or three views of a clip.
 
-    Frames are resized, with antialiasing and keeping their aspect ratio, so that they just cover `size / crop_pct`: for
-    a square size, the short side becomes that long. Views of `size` are then cut out, scaled to 0 ... 1 and normalised.
+    Frames are resized, with antialiasing and keeping their aspect ratio, until they just cover `size / crop_pct`: for
+    a square size, this is the length of the short side. Views of `size` are cropped, scaled to [0, 1] and normalised.
 
     Attributes:
         size: (height, width) of a view, in pixels.
-        mean, std: one value for each channel, of pictures in 0 ... 1; three for RGB, one for luminance.
+        mean, std: one value per channel, for images in [0, 1]; three for RGB, one for luminance.
         interpolation: "bilinear", "bicubic" or "nearest".
-        crop_pct: share of the resized frame's short side that a view covers, above 0 up to 1.
+        crop_pct: fraction of the resized frame's short side that a view covers, above 0 and up to 1.
+
+    Raises:
+        ValueError: an invalid setting.
     """
 
     size: tuple[int, int] = (224, 224)
@@ -41,25 +44,28 @@ class EvalTransform:
             raise ValueError(f"size is {self.size}; give (height, width) in pixels, each 1 or more")
         if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean):
             raise ValueError(
-                f"mean has {len(self.mean)} values and std {len(self.std)}; give each 3 (RGB) or each 1 (luminance)"
+                f"mean has {len(self.mean)} values and std {len(self.std)}; give 3 each (RGB) or 1 each (luminance)"
             )
         if min(self.std) <= 0:
-            raise ValueError(f"std is {self.std}; every value must be above 0, use 1 to leave the scale alone")
+            raise ValueError(f"std is {self.std}; every value must be above 0 (1 for no scaling)")
         if self.interpolation not in _INTERPOLATIONS:
             raise ValueError(f"interpolation is {self.interpolation!r}; choose one of {', '.join(_INTERPOLATIONS)}")
         if not 0 < self.crop_pct <= 1:
-            raise ValueError(f"crop_pct is {self.crop_pct}; it must be above 0 and at most 1, which crops least")
+            raise ValueError(f"crop_pct is {self.crop_pct}; it must be above 0 and at most 1 (for no extra crop)")
 
     @classmethod
     def from_model(cls, model: nn.Module, **overrides) -> "EvalTransform":
-        """The transform that a timm model's `pretrained_cfg` asks for; `overrides` are fields of this class.
+        """The transform of a timm model's `pretrained_cfg`; `overrides` are attributes of this class.
 
-        For a model of one channel (its `in_chans`, else the cfg's), three values of mean and std are averaged.
+        For a model with one channel (by its `in_chans`, else by the cfg), three values of mean and std are averaged.
+
+        Raises:
+            ValueError: the model takes neither 1 nor 3 channels, or an invalid override.
         """
         cfg = resolve_model_data_config(model)
         channels = getattr(model, "in_chans", cfg["input_size"][0])
         if channels not in (1, 3):
-            raise ValueError(f"the model takes {channels} channels; frames can be given as 3 (RGB) or 1 (luminance)")
+            raise ValueError(f"the model takes {channels} channels; video frames have 3 (RGB) or 1 (luminance)")
         mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
         if channels == 1:
             mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
@@ -68,14 +74,18 @@ class EvalTransform:
         return cls(**fields | overrides)
 
     def __call__(self, frames: Tensor, num_crops: int = 1) -> Tensor:
-        """Cut views out of a clip.
+        """Returns views of a clip.
 
         Args:
             frames: uint8 [T, H, W, 3] RGB.
-            num_crops: 1, the centre; or 3: start, centre and end of the side along which more is left over.
+            num_crops: 1 for the centre; 3 for start, centre and end along the side with more to crop.
 
         Returns:
             float32 [num_crops, C, T, h, w], with C the number of values in `mean`.
+
+        Raises:
+            ValueError: other frames, or another number of crops.
+            ElongatedError: the resized frames would be too large.
         """
         if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.numel():
             raise ValueError(
@@ -86,11 +96,12 @@ class EvalTransform:
         height, width = self.size
         covering = self._covering(*frames.shape[1:3])
         if covering[0] * covering[1] > MOST_PIXELS:
-            came, grown = "×".join(map(str, frames.shape[1:3])), "×".join(map(str, covering))
+            before, after = "×".join(map(str, frames.shape[1:3])), "×".join(map(str, covering))
             raise ElongatedError(
-                f"frames are {came}, {grown} when they cover {height}×{width}: too elongated; crop them first"
+                f"frames are {before} and would become {after} to cover {height}×{width}: too elongated; crop them "
+                "first"
             )
-        clip = frames.permute(0, 3, 1, 2)  # [T, H, W, 3] -> [T, 3, H, W], in memory as it was: resizing is quick so
+        clip = frames.permute(0, 3, 1, 2)  # [T, H, W, 3] -> [T, 3, H, W]; channels last in memory resizes faster
         mode = InterpolationMode(self.interpolation)
         clip = functional.resize(clip, covering, interpolation=mode, antialias=True)
         free_y, free_x = clip.shape[-2] - height, clip.shape[-1] - width
@@ -106,7 +117,7 @@ class EvalTransform:
         return views.sub_(mean).div_(std)
 
     def _covering(self, height: int, width: int) -> list[int]:
-        """The size, of a height×width picture's aspect ratio, that just covers `size / crop_pct`."""
+        """The size [H, W] with the aspect ratio of height×width that just covers `size / crop_pct`."""
         least_height, least_width = (int(side / self.crop_pct) for side in self.size)
         if height * least_width <= width * least_height:
             return [least_height, width * least_height // height]

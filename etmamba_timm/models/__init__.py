@@ -1,4 +1,4 @@
-"""The model class, its variants, and what they cost."""
+"""The model class, its variants, and their cost."""
 
 from .cost import Cost, count_cost
 from .etmamba import EtMamba

@@ -1,4 +1,4 @@
-"""What a clip costs: parameters and multiply-adds, counted from the shapes of a model's weights."""
+"""The cost of a clip: parameters and multiply-adds, counted from the shapes of a model's weights."""
 
 from dataclasses import dataclass
 
@@ -7,22 +7,22 @@ from torch import nn
 from ..layers import Ebs
 from .etmamba import EtMamba
 
-# VideoMamba's published figures leave out what its fused operator hides from the counter.
+# VideoMamba's published counts omit these layers, which its fused operator hides from the counter.
 _HIDDEN_FROM_VIDEOMAMBA = ("conv1d", "conv1d_b", "x_proj", "x_proj_b", "dt_proj", "dt_proj_b")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One clip's cost. A multiply-add is one, not two operations.
+    """The cost of one clip. A multiply-add counts as one operation.
 
     Attributes:
         params: parameters.
-        tokens: tokens of the clip, class token included.
-        macs: multiply-adds of all linear maps and convolutions, those of padded positions included.
-        scan_macs: multiply-adds of the selective scans: for each token and channel of a direction, 4 for each state
-            (Δ·A, decay, input, read-out) and 3 (Δ·u, D·u, gate). Exponentials aren't counted.
-        videomamba_macs: `macs` as VideoMamba counts them: without the short convolutions, x_proj and dt_proj (and
-            without the scan), which lie within its fused operator. Not the true cost; there to compare with its tables.
+        tokens: tokens of the clip, including the class token.
+        macs: multiply-adds of all linear maps and convolutions, including those at padded positions.
+        scan_macs: multiply-adds of the selective scans: for each token and channel of a direction, 4 per state
+            (Δ·A, decay, input, read-out) plus 3 (Δ·u, D·u, gate). Exponentials aren't counted.
+        videomamba_macs: `macs` as VideoMamba counts them: without the short convolutions, x_proj and dt_proj, which
+            are part of its fused operator (nor the scan). Lower than the true cost; for comparison with its tables.
     """
 
     params: int
@@ -38,10 +38,14 @@ class Cost:
 
 
 def count_cost(model: EtMamba, num_frames: int | None = None, img_size: int | tuple[int, int] | None = None) -> Cost:
-    """The cost of one clip of `num_frames` and `img_size` (an int or (H, W)), by default those the model is made for.
+    """Counts the cost of one clip. The model isn't run, so it may be on the 'meta' device.
 
-    Every weight is applied at a number of positions known from where it stands: nothing is run, and a model on the
-    'meta' device will do.
+    Args:
+        model: the model.
+        num_frames: frames of the clip; by default the model's.
+        img_size: height and width of the clip in pixels, an int or (H, W); by default the model's.
+
+    Returns: the cost.
     """
     frames = num_frames or model.num_frames
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size or model.img_size
@@ -50,7 +54,7 @@ def count_cost(model: EtMamba, num_frames: int | None = None, img_size: int | tu
     tokens = 1 + patches
 
     macs = hidden = scan = 0
-    shared = set()  # EBS runs these for each direction
+    shared: set[str] = set()  # EBS runs these once per direction
     for name, module in model.named_modules():
         if isinstance(module, Ebs):
             shared.update(f"{name}.{leaf}" for leaf in ("pw", "conv1d", "x_proj", "dt_proj"))
@@ -67,7 +71,7 @@ def count_cost(model: EtMamba, num_frames: int | None = None, img_size: int | tu
 
 
 def _positions(name: str, tokens: int, patches: int, pixels: int) -> int:
-    """How often one clip meets each weight of the module `name`."""
+    """How many times one clip uses each weight of the module `name`."""
     if name.startswith("stem."):
         return pixels
     if name == "patch_embed.proj" or ".local.conv" in name:

@@ -1,8 +1,8 @@
-"""The one model class; its `stem` and `block` make it ETMamba, VideoMamba or what lies between."""
+"""The model class: ETMamba, VideoMamba and the ablation between them, chosen by `stem` and `block`."""
 
 import logging
-from collections.abc import Sequence
-from typing import SupportsIndex
+from collections.abc import Collection
+from typing import Any, SupportsIndex
 
 import torch
 from timm.layers import get_device_dtype, trunc_normal_
@@ -18,37 +18,43 @@ _logger = logging.getLogger(__name__)
 
 POOLS = ("token", "avg", "")
 
+# One per block: tokens or maps, or pairs of them and the class token.
+Intermediates = list[Tensor] | list[tuple[Tensor, Tensor]]
+
 
 class EtMamba(nn.Module):
-    """ETMamba (paper 3), and by `stem` and `block` every row of its ablation down to VideoMamba.
+    """ETMamba (paper 3); `stem` and `block` choose among the rows of its ablation, down to VideoMamba.
 
     clip [B, C, T, H, W] → stem → patch embedding → class token, positions → blocks → norm → class token → head.
-    An image [B, C, H, W] is a clip of one frame. A built model takes any number of frames, and any height and width
-    that are multiples of the patch: position embeddings are resampled.
+    An image [B, C, H, W] is a clip of one frame. The model takes any number of frames, and any height and width that
+    are multiples of the patch size: position embeddings are resampled.
 
     Args:
-        img_size: height and width that the position embeddings are made for, in pixels; an int or (H, W).
-        num_frames: frames that the temporal position embedding is made for.
+        img_size: height and width of the position embeddings' grid, in pixels; an int or (H, W).
+        num_frames: length of the temporal position embedding, in frames.
         in_chans: channels of a clip, C.
-        num_classes: classes; 0 for none.
+        num_classes: number of classes; 0 for no classifier.
         global_pool: 'token' (the class token), 'avg' (the mean of the patch tokens) or '' (all tokens).
         patch_size: side of a patch, in pixels.
         embed_dim: token width D.
         depth: number of blocks.
         d_state: state size of the SSM.
-        expand: inner width in D. In 'stcm' and 'ebs' that of both directions together [reading], in 'bimamba' of each.
-        d_conv: width of the short causal convolution before the SSM [reading]; 0 leaves it out.
+        expand: inner width as a multiple of D: of both directions together in 'stcm' and 'ebs' [reading], of each
+            direction in 'bimamba'.
+        d_conv: width of the short causal convolution before the SSM [reading]; 0 for none.
         drop_rate: dropout before the head.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
         stem: 'stfp' or 'none'.
         block: 'stcm', 'ebs' or 'bimamba'.
-        folded: whether the model is in its inference form; see `fold`.
+        folded: whether to build the inference form; see `fold`.
+        device, dtype: of the parameters.
 
     Raises:
-        ValueError: an argument that makes no model, or at the call a clip that doesn't fit it.
+        ValueError: an invalid argument; in `forward`, an input that doesn't fit the model.
     """
 
     num_prefix_tokens = 1
+    pretrained_cfg: dict  # set by timm.create_model
 
     def __init__(
         self,
@@ -68,11 +74,11 @@ class EtMamba(nn.Module):
         stem: str = "stfp",
         block: str = "stcm",
         folded: bool = False,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         for name, value, least in (
             ("num_frames", num_frames, 1),
             ("in_chans", in_chans, 1),
@@ -86,9 +92,11 @@ class EtMamba(nn.Module):
         ):
             _at_least(name, value, least)
         if not 0 <= drop_path_rate <= 1:
-            raise ValueError(f"drop_path_rate is {drop_path_rate}; it must be within 0 and 1")
-        _lookup("global_pool", global_pool, POOLS)
-        stem_layer, block_layer = _lookup("stem", stem, STEMS), _lookup("block", block, BLOCKS)
+            raise ValueError(f"drop_path_rate is {drop_path_rate}; it must be between 0 and 1")
+        _check_choice("global_pool", global_pool, POOLS)
+        _check_choice("stem", stem, STEMS)
+        _check_choice("block", block, BLOCKS)
+        stem_layer, block_layer = STEMS[stem], BLOCKS[block]
 
         self._made_with: dict = {}
         self.stride: Stride = None
@@ -102,7 +110,7 @@ class EtMamba(nn.Module):
         self.grid_size = _grid_size(self.img_size, patch_size)
 
         if stem_layer is not None and in_chans == 1:
-            _logger.warning("the %r stem is left out: with in_chans=1 its norm over channels is constant", stem)
+            _logger.warning("no %r stem with in_chans=1: its norm over a single channel would be constant", stem)
             stem_layer = None
         self.stem = stem_layer(in_chans, **dd) if stem_layer else nn.Identity()
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, **dd)
@@ -130,7 +138,7 @@ class EtMamba(nn.Module):
         self.init_weights()
         if folded:
             if not hasattr(block_layer, "reparameterize"):
-                raise ValueError(f"folded=True with block {block!r}, in which there is nothing to fold; leave it out")
+                raise ValueError(f"block {block!r} can't be folded; leave folded=True out")
             self.fold()
 
     @property
@@ -139,7 +147,7 @@ class EtMamba(nn.Module):
         return any(getattr(block, "folded", False) for block in self.blocks)
 
     @property
-    def _model_args(self) -> dict:  # what timm saves as the arguments to build this model again
+    def _model_args(self) -> dict:  # timm saves these as the arguments to rebuild the model
         return self._made_with | ({"folded": True} if self.folded else {})
 
     @_model_args.setter
@@ -148,25 +156,27 @@ class EtMamba(nn.Module):
 
     @property
     def num_frames(self) -> int:
-        """Frames that the temporal position embedding is made for."""
+        """Length of the temporal position embedding, in frames."""
         return self.temporal_pos_embedding.shape[1]
 
     @property
     def clip(self) -> Clip:
-        """The clips it takes: `num_frames`, and the attribute `stride`, which the weights it was made from tell."""
+        """The clips that the model expects: `num_frames`, and `stride`, which comes with the loaded weights."""
         return Clip(self.num_frames, self.stride)
 
     def init_weights(self) -> None:
-        """Linear layers and positions: truncated normal 0.02, zero bias; Mamba's Δ. The rest is drawn on construction.
+        """Initialises linear layers and position embeddings (truncated normal 0.02, zero bias), and Mamba's Δ.
 
-        Unlike VideoMamba's code, which zeroes it, the Δ bias keeps Mamba's initialisation, in every variant.
+        Other parameters are initialised on construction. The Δ bias keeps Mamba's initialisation in every variant;
+        VideoMamba's code zeroes it.
         """
         trunc_normal_(self.cls_token, std=0.02)
         trunc_normal_(self.pos_embed, std=0.02)
         named_apply(_init_linear, self)
         for module in self.modules():
-            if module is not self and hasattr(module, "init_weights"):
-                module.init_weights()
+            init_weights = getattr(module, "init_weights", None)
+            if module is not self and init_weights is not None:
+                init_weights()
 
     # Forward
 
@@ -182,8 +192,8 @@ class EtMamba(nn.Module):
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """x: tokens [B, N, D] -> logits [B, num_classes], or the pooled, dropped-out features [B, D]."""
-        x = x.to(self.cls_token.dtype)  # without the norm it would still be the residual stream's
+        """x: tokens [B, N, D] -> logits [B, num_classes], or the pooled features [B, D] before the head."""
+        x = x.to(self.cls_token.dtype)  # the residual stream's dtype, if the norm was pruned
         if self.global_pool == "token":
             x = x[:, 0]
         elif self.global_pool == "avg":
@@ -194,28 +204,31 @@ class EtMamba(nn.Module):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | Sequence[int] | None = None,
+        indices: int | list[int] | None = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The outputs of chosen blocks.
+    ) -> Intermediates | tuple[Tensor, Intermediates]:
+        """Returns the outputs of selected blocks.
 
         Args:
             x: clip [B, C, T, H, W] or image [B, C, H, W].
-            indices: the last n blocks for an int, all for None, else those listed (negative from the end).
-            return_prefix_tokens: whether each intermediate is a pair with the class token [B, 1, D].
-            norm: whether the final norm is applied to intermediates too.
-            stop_early: whether blocks after the last one asked for are skipped.
+            indices: the last n blocks (int), the listed blocks (negative from the end), or all (None).
+            return_prefix_tokens: whether to return pairs (intermediate, class token [B, 1, D]).
+            norm: whether to apply the final norm to the intermediates.
+            stop_early: whether to skip the blocks after the last selected one.
             output_fmt: 'NCHW' for maps, [B, D, t, h, w] for a clip and [B, D, h, w] for an image; 'NLC' for
                 tokens [B, t·h·w, D].
-            intermediates_only: whether to leave out the final features.
+            intermediates_only: whether to omit the final features.
 
         Returns: the intermediates, or (final features [B, N, D], intermediates).
+
+        Raises:
+            ValueError: an unknown `output_fmt`, or an input that doesn't fit the model.
         """
-        _lookup("output_fmt", output_fmt, ("NCHW", "NLC"))
+        _check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
         take, last = feature_take_indices(len(self.blocks), indices)
         is_image = x.ndim == 4
         x, grid = self._embed(x)
@@ -229,23 +242,27 @@ class EtMamba(nn.Module):
         if output_fmt == "NCHW":
             shape = grid[1:] if is_image else grid
             maps = [y.transpose(1, 2).unflatten(2, shape).contiguous() for y in maps]  # [B, N, D] -> [B, D, t, h, w]
+        intermediates: Intermediates = maps
         if return_prefix_tokens:
-            maps = [(m, y[:, : self.num_prefix_tokens]) for m, y in zip(maps, taken, strict=True)]
-        return maps if intermediates_only else (self.norm(x), maps)
+            intermediates = [(m, y[:, : self.num_prefix_tokens]) for m, y in zip(maps, taken, strict=True)]
+        return intermediates if intermediates_only else (self.norm(x), intermediates)
 
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-        """Clip or image -> tokens [B, 1 + t·h·w, D] in float32 at least (the residual stream), grid (t, h, w)."""
+        """Clip or image -> tokens [B, 1 + t·h·w, D] in at least float32 (the residual stream), grid (t, h, w)."""
         x = self.stem(as_clip(x, self.in_chans, self.patch_size))
         return clip_tokens(
             self.patch_embed(x), self.cls_token, self.pos_embed, self.temporal_pos_embedding, self.grid_size
         )
 
-    # What timm and its users ask of a model
+    # timm's model interface
 
     def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Removes the blocks after the last of `indices`, and norm and head on request; returns absolute indices."""
+        """Removes the blocks after the last of `indices`, and optionally the norm and the head.
+
+        Returns: `indices` as absolute block numbers.
+        """
         take, last = feature_take_indices(len(self.blocks), indices)
         self.blocks = self.blocks[: last + 1]
         if prune_norm:
@@ -259,10 +276,11 @@ class EtMamba(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh head for `num_classes` (0 for none), and another pooling if one is given."""
+        """Replaces the head by a new one for `num_classes` (0 for none), and the pooling if one is given."""
         _at_least("num_classes", num_classes, 0)
         if global_pool is not None:
-            self.global_pool = _lookup("global_pool", global_pool, POOLS)
+            _check_choice("global_pool", global_pool, POOLS)
+            self.global_pool = global_pool
         self.num_classes = num_classes
         self.head = nn.Identity()
         if num_classes > 0:
@@ -271,7 +289,7 @@ class EtMamba(nn.Module):
         self.head.train(self.training)
 
     def set_input_size(self, img_size: int | tuple[int, int] | None = None, num_frames: int | None = None) -> None:
-        """Resamples the position embeddings, for good, to another picture size (pixels) or number of frames."""
+        """Resamples the position embeddings in place to another image size (pixels) or number of frames."""
         if num_frames is not None:
             _at_least("num_frames", num_frames, 1)
         if img_size is not None:
@@ -288,24 +306,24 @@ class EtMamba(nn.Module):
             update_model_args(self, num_frames=num_frames)
 
     def fold(self) -> "EtMamba":
-        """Turns the model into its inference form, in place: the same output for fewer multiply-adds.
+        """Converts the model to its inference form, in place: the same output with fewer multiply-adds.
 
-        `PW_s` of each block goes into its x projections, `Lin_out` into its fusion (in 'ebs' blocks the first alone):
-        323 G multiply-adds become 223 G for ETMamba-M. timm's `reparameterize_model` does the same to a copy. A folded
-        model saves, loads and trains like any other, with fewer parameters; it can't be unfolded.
+        Each block's `PW_s` is folded into its x projections, and in 'stcm' blocks `Lin_out` into the fusion: ETMamba-M
+        goes from 323 G to 223 G multiply-adds. timm's `reparameterize_model` does the same to a copy. A folded model
+        saves, loads and trains as usual, with fewer parameters; folding can't be undone.
 
         Returns: the model itself.
         """
-        foldable = [block for block in self.blocks if hasattr(block, "reparameterize")]
-        if not foldable:
-            _logger.warning("there is nothing to fold in this model: no linear maps meet in its blocks")
-        for block in foldable:
-            block.reparameterize()
+        folds = [getattr(block, "reparameterize", None) for block in self.blocks]
+        if not any(folds):
+            _logger.warning("nothing to fold: the model's blocks have no consecutive linear maps")
+        for fold in filter(None, folds):
+            fold()
         return self
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that get no weight decay, beside biases and norms."""
+        """Names of the parameters without weight decay, in addition to biases and norms."""
         leaves = {"cls_token", "pos_embed", "temporal_pos_embedding", "A_log", "A_b_log", "D", "D_b"}
         return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in leaves}
 
@@ -319,13 +337,13 @@ class EtMamba(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether a block's activations are recomputed in the backward pass, to save memory."""
+        """Sets whether blocks recompute their activations in the backward pass, to save memory."""
         self.grad_checkpointing = enable
 
 
 @register_notrace_function
 def as_clip(x: Tensor, in_chans: int, patch_size: int) -> Tensor:
-    """Checks a clip [B, C, T, H, W] or an image [B, C, H, W]; an image becomes a clip of one frame."""
+    """Checks a clip [B, C, T, H, W] or an image [B, C, H, W], and returns a clip: of one frame for an image."""
     shape = tuple(x.shape)
     if x.ndim not in (4, 5):
         raise ValueError(f"input is {shape}; it must be a clip [B, C, T, H, W] or an image [B, C, H, W]")
@@ -349,9 +367,10 @@ def as_clip(x: Tensor, in_chans: int, patch_size: int) -> Tensor:
 def clip_tokens(
     patches: Tensor, cls_token: Tensor, pos_embed: Tensor, temporal: Tensor, grid_size: tuple[int, int]
 ) -> tuple[Tensor, tuple[int, int, int]]:
-    """`to_tokens` into a residual stream of float32 at least, and the patch grid (t, h, w)."""
+    """`to_tokens` in at least float32 (the residual stream), and the patch grid (t, h, w)."""
     x = to_tokens(patches, cls_token, pos_embed, temporal, grid_size)
-    return x.to(torch.promote_types(x.dtype, torch.float32)), tuple(patches.shape[2:])
+    t, h, w = patches.shape[2:]
+    return x.to(torch.promote_types(x.dtype, torch.float32)), (t, h, w)
 
 
 def _init_linear(module: nn.Module, name: str = "") -> None:
@@ -368,10 +387,9 @@ def _at_least(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name} is {value}; it must be at least {least}")
 
 
-def _lookup(argument: str, name: str, table):
-    if not isinstance(name, str) or name not in table:
-        raise ValueError(f"unknown {argument} {name!r}; choose one of {', '.join(map(repr, table))}")
-    return table[name] if isinstance(table, dict) else name
+def _check_choice(argument: str, name: str, choices: Collection[str]) -> None:
+    if not isinstance(name, str) or name not in choices:
+        raise ValueError(f"unknown {argument} {name!r}; choose one of {', '.join(map(repr, choices))}")
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -1,11 +1,11 @@
-"""The variants: three sizes of four rows of the paper's ablation, as constructor arguments."""
+"""The variants: four rows of the paper's ablation in three sizes, as constructor arguments."""
 
 SIZES = {
     "ti": {"embed_dim": 192, "depth": 24},
     "s": {"embed_dim": 384, "depth": 24},
     "m": {"embed_dim": 576, "depth": 32},
 }
-# The rows of the paper's Table 5, by the suffixes around the size.
+# The rows of the paper's Table 5; {} is the size.
 ROWS = {
     "videomamba_{}": {"stem": "none", "block": "bimamba"},  # (a)
     "videomamba_{}_stfp": {"stem": "stfp", "block": "bimamba"},  # (b)

@@ -1,1 +1,1 @@
-"""Pictures of what a model sees."""
+"""Analysis and plots of models and their predictions."""

@@ -1,7 +1,7 @@
-"""Seeing what a model sees: confusions, features, receptive fields, and what accuracy costs.
+"""Analysis of models: confusions, features, receptive fields, and accuracy against cost.
 
-Each of the four has a function that works out the numbers and one that draws them to a file (.png, .pdf, .svg). The
-extra `analyze` brings what draws and embeds: pip install 'etmamba-timm[analyze]'.
+For each of the four, one function computes the numbers and another plots them to a file (.png, .pdf, .svg). Needs
+matplotlib and scikit-learn: pip install 'etmamba-timm[analyze]'.
 """
 
 import csv
@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import timm
@@ -19,42 +20,50 @@ from ..checkpoints import manifest
 from ..data import EvalClips
 from ..models import EtMamba, count_cost
 from ..training.evaluate import Scores, mean_over_views
-from .plots import COLOURS, MARKERS, NO_VALUE, check_target, missing, new_figure, save_figure, short
+from .plots import COLOURS, MARKERS, NO_VALUE, check_plot_file, missing, new_figure, save_figure, short
 
-MEASURED = "measured here"  # the source of a figure of ours; every other is drawn as somebody else's
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
+
+MEASURED = "measured here"  # the source of our own results; others are plotted as reported
 
 # Confusions
 
 
 def confusion_matrix(scores: Scores) -> Tensor:
-    """Numbers of videos, int64 [classes, classes]: a row is the class shown, a column the likeliest one."""
+    """Counts videos by true class (row) and predicted class (column), int64 [classes, classes]."""
     count = len(scores.classes)
     pairs = scores.labels * count + scores.probabilities.argmax(1)
     return pairs.bincount(minlength=count * count).view(count, count)
 
 
 def most_confused(scores: Scores, k: int = 10) -> list[tuple[str, str, float, int]]:
-    """The k most frequent confusions as (class shown, class taken, share of its videos, number of them), worst first.
+    """The k most frequent confusions, as (true class, predicted class, share of the true class's videos, number).
 
-    Those of a class with few videos come late: they are ordered by number, then by share.
+    They are sorted by number and then by share, in descending order.
     """
     counts = confusion_matrix(scores)
     shares = _row_shares(counts)
     rows, columns = counts.clone().fill_diagonal_(0).nonzero(as_tuple=True)
     pairs = [
-        (scores.classes[i], scores.classes[j], shares[i, j].item(), counts[i, j].item())
+        (scores.classes[i], scores.classes[j], float(shares[i, j]), int(counts[i, j]))
         for i, j in zip(rows.tolist(), columns.tolist(), strict=True)
     ]
     return sorted(pairs, key=lambda pair: (-pair[3], -pair[2], pair[:2]))[:k]
 
 
 def plot_confusion(scores: Scores, path: str | Path) -> None:
-    """The row-normalised confusion matrix (paper fig. 8): of each class's videos, the share taken for each class.
+    """Plots the row-normalised confusion matrix (paper fig. 8).
 
-    Up to 20 classes have percentages in the cells, up to 60 their names at the sides, more a number here and there.
-    Rows of classes without videos are grey. The colours are those of the square root: rare confusions show too.
+    The cells have percentages for up to 20 classes, and the axes class names for up to 60. Rows of classes without
+    videos are grey. Colours follow the square root of the share, so that rare confusions are visible.
+
+    Raises:
+        ValueError: as `check_plot_file`.
     """
-    check_target(path)
+    check_plot_file(path)
     shares = _row_shares(confusion_matrix(scores)).numpy()
     count = len(shares)
     named = count <= 60
@@ -87,7 +96,7 @@ def plot_confusion(scores: Scores, path: str | Path) -> None:
 
 
 def _row_shares(counts: Tensor) -> Tensor:
-    """Each row over its sum; NaN for a class without videos."""
+    """Divides each row by its sum; NaN for a class without videos."""
     return counts.double() / counts.sum(1, keepdim=True)
 
 
@@ -103,7 +112,7 @@ def collect_features(
     dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pooled features before the classifier, averaged over each video's views; arguments and errors as `evaluate`'s.
+    """Pooled features before the classifier, averaged over each video's views; arguments and errors as in `evaluate`.
 
     Returns: float32 [videos, D], labels [videos], and indices [videos] into the dataset, ascending.
     """
@@ -118,7 +127,7 @@ def collect_features(
 
 
 def tsne(features: Tensor, seed: int = 0) -> Tensor:
-    """t-SNE of features [videos, D] -> [videos, 2]; the perplexity is 30, or a third of fewer videos.
+    """t-SNE of features [videos, D] -> [videos, 2]. The perplexity is 30, or (videos - 1) / 3 if that is less.
 
     Raises:
         ValueError: fewer than 4 videos.
@@ -137,27 +146,45 @@ def tsne(features: Tensor, seed: int = 0) -> Tensor:
 def plot_tsne(
     features: Tensor, labels: Tensor, classes: Sequence[str], path: str | Path, *, num_classes: int = 10, seed: int = 0
 ) -> None:
-    """t-SNE of features [videos, D] (paper fig. 7), each video a point in its class's colour and shape.
+    """Plots a t-SNE of features (paper fig. 7), with a colour and a marker for each class.
 
-    Of more than `num_classes` classes with videos, so many are drawn at random by the seed, as in the paper; the
-    embedding is that of their videos alone.
+    Args:
+        features: [videos, D].
+        labels: [videos].
+        classes: class names.
+        path: the file to write.
+        num_classes: if more classes have videos, this many are chosen at random, as in the paper, and only their
+            videos are embedded.
+        seed: of the choice and the embedding.
+
+    Raises:
+        ValueError: as `check_plot_file` and `tsne`.
     """
-    check_target(path)
+    check_plot_file(path)
     present = labels.unique().tolist()
     chosen = sorted(random.Random(seed).sample(present, min(num_classes, len(present))))
     keep = torch.isin(labels, torch.tensor(chosen, dtype=labels.dtype))
     points, labels = tsne(features[keep], seed), labels[keep]
     figure = new_figure(10, 7.5)
-    of = f"{len(chosen)} of {len(present)} classes" if len(chosen) < len(present) else f"{len(chosen)} classes"
+    shown = f"{len(chosen)} of {len(present)} classes" if len(chosen) < len(present) else f"{len(chosen)} classes"
     axes = figure.add_subplot(
-        xlabel="t-SNE 1", ylabel="t-SNE 2", title=f"Features of {len(points)} videos of {of} (t-SNE, seed {seed})"
+        xlabel="t-SNE 1", ylabel="t-SNE 2", title=f"Features of {len(points)} videos of {shown} (t-SNE, seed {seed})"
     )
-    axes.set_xticks([])  # its units mean nothing
+    axes.set_xticks([])  # the units have no meaning
     axes.set_yticks([])
     for i, label in enumerate(chosen):
         x, y = points[labels == label].T.numpy()
-        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-        axes.scatter(x, y, s=44, alpha=0.8, linewidths=0.4, edgecolors="white", label=short(classes[label]), **style)
+        axes.scatter(
+            x,
+            y,
+            s=44,
+            alpha=0.8,
+            linewidths=0.4,
+            edgecolors="white",
+            label=short(classes[label]),
+            color=COLOURS[i % len(COLOURS)],
+            marker=MARKERS[i % len(MARKERS)],
+        )
     figure.legend(loc="outside right upper", fontsize=10 if len(chosen) <= 25 else 7, ncols=1 + len(chosen) // 45)
     save_figure(figure, path)
 
@@ -166,31 +193,32 @@ def plot_tsne(
 
 
 def receptive_field(model: nn.Module | Callable[[Tensor], Tensor], clips: Tensor, output: str = "centre") -> Tensor:
-    """The effective receptive field (Luo et al. 2016; paper fig. 1): what an output depends on, and how much.
+    """The effective receptive field (Luo et al. 2016; paper fig. 1): how much an output depends on each pixel.
 
-    It is the absolute gradient of the output's sum over channels with respect to the clip, summed over the clip's
-    channels and averaged over clips. 'centre' is the central patch of the last block: the usual choice, by which any
-    architectures compare. 'token' is the class token, which our classifier sees. Both are taken before the final
-    norm: the sum over the channels of a layer norm is constant, and its gradient nothing but rounding.
+    It is the absolute gradient, with respect to the clip, of the output's sum over channels; summed over the clip's
+    channels and averaged over clips. 'centre' is the central patch after the last block: the usual choice, which is
+    comparable between architectures. 'token' is the class token, the classifier's input. Both are taken before the
+    final norm, since the channels of a layer norm have a constant sum.
 
     Args:
-        model: one of ours, used in evaluation mode and left as it was; or, for 'centre', a function from clips to a
-            map [B, D, t, h, w], whose position (t//2, h//2, w//2) is the central one.
-        clips: [B, C, T, H, W], normalised; they go through one by one.
+        model: a model of this package, put into evaluation mode for the call; or, for 'centre', a function from clips
+            to a map [B, D, t, h, w], of which position (t//2, h//2, w//2) is used.
+        clips: [B, C, T, H, W], normalised; processed one at a time.
         output: 'centre' or 'token'.
 
-    Returns: float32 [T, H, W] on the CPU, of sum 1.
+    Returns: float32 [T, H, W] on the CPU, with sum 1.
 
     Raises:
-        ValueError: another `output`, no clips, a map of other dimensions, a gradient that is zero or not finite.
+        ValueError: an unknown `output`, no clips, a map with another number of dimensions, or a gradient that is zero
+            or not finite.
     """
     if output not in ("centre", "token") or (output == "token" and not isinstance(model, EtMamba)):
-        raise ValueError(f"output is {output!r}; choose 'centre', or for a model of this package 'token'")
+        raise ValueError(f"output is {output!r}; choose 'centre', or 'token' for a model of this package")
     if clips.ndim != 5 or not len(clips):
-        raise ValueError(f"clips are {tuple(clips.shape)}; give one or more, [B, C, T, H, W]")
-    was_training = isinstance(model, nn.Module) and model.training
-    if was_training:
-        model.eval()
+        raise ValueError(f"clips have the shape {tuple(clips.shape)}; give one or more, [B, C, T, H, W]")
+    trained = model if isinstance(model, nn.Module) and model.training else None
+    if trained is not None:
+        trained.eval()
     total = torch.zeros(clips.shape[2:], dtype=torch.float64)
     try:
         with torch.inference_mode(False), torch.enable_grad():
@@ -199,26 +227,28 @@ def receptive_field(model: nn.Module | Callable[[Tensor], Tensor], clips: Tensor
                 (gradient,) = torch.autograd.grad(_output(model, clip, output).sum(), clip)
                 total += gradient[0].abs().sum(0).cpu()
     finally:
-        if was_training:
-            model.train()
+        if trained is not None:
+            trained.train()
     if not (total.isfinite().all() and total.sum() > 0):
         raise ValueError("the gradient is zero or not finite; check the checkpoint, or give other clips")
     return (total / total.sum()).float()
 
 
-def share_that_holds(field: Tensor, part: float) -> float:
-    """The least share of the positions of a field [T, H, W] that holds this part of it: near 0 if it is all in one."""
-    held = field.double().flatten().sort(descending=True).values.cumsum(0)
-    return (int((held < part * held[-1]).sum()) + 1) / held.numel()
+def smallest_share(field: Tensor, part: float) -> float:
+    """The smallest share of the positions of a field [T, H, W] that contains the share `part` of its sum."""
+    sums = field.double().flatten().sort(descending=True).values.cumsum(0)
+    return (int((sums < part * sums[-1]).sum()) + 1) / sums.numel()
 
 
 def plot_receptive_field(field: Tensor, path: str | Path, title: str = "Effective receptive field") -> None:
-    """A field [T, H, W] as one heat map a frame, and as a curve over the frames.
+    """Plots a field [T, H, W] as a heat map of each frame, and its sum in each frame as a curve.
 
-    Both are logarithmic: colours over four decades below the largest value, what is exactly zero in grey; the curve, of
-    each frame's share of the whole, over as many as it takes.
+    Both scales are logarithmic; colours span four decades below the maximum, and exact zeros are grey.
+
+    Raises:
+        ValueError: as `check_plot_file`.
     """
-    check_target(path)
+    check_plot_file(path)
     count, height, width = field.shape
     columns = min(count, 8)
     rows = -(-count // columns)
@@ -254,22 +284,21 @@ def plot_receptive_field(field: Tensor, path: str | Path, title: str = "Effectiv
 
 
 def _output(model: nn.Module | Callable[[Tensor], Tensor], clip: Tensor, output: str) -> Tensor:
-    """The output [D] of one clip [1, C, T, H, W] whose field is asked for."""
+    """The chosen output [D] for one clip [1, C, T, H, W]."""
     if isinstance(model, EtMamba):
-        ((features, token),) = model.forward_intermediates(
-            clip, indices=1, return_prefix_tokens=True, intermediates_only=True
-        )
+        outputs = model.forward_intermediates(clip, indices=1, return_prefix_tokens=True, intermediates_only=True)
+        features, token = cast(list[tuple[Tensor, Tensor]], outputs)[0]
         if output == "token":
             return token[0, 0]
     else:
         features = model(clip)
     if features.ndim != 5:
-        raise ValueError(f"the model gives {tuple(features.shape)}; wanted is a map [B, D, t, h, w]")
+        raise ValueError(f"the model returns shape {tuple(features.shape)}; it must be a map [B, D, t, h, w]")
     t, h, w = (side // 2 for side in features.shape[2:])
     return features[0, :, t, h, w]
 
 
-# Accuracy and what it costs
+# Accuracy against cost
 
 
 @dataclass(frozen=True)
@@ -277,11 +306,11 @@ class CostRow:
     """A model's accuracy and its cost.
 
     Attributes:
-        name: of the model.
+        name: the model's name.
         params: parameters.
-        macs: multiply-adds of all the views that its accuracy takes, the scan's included.
+        macs: multiply-adds of all views behind the accuracy, including the scan's.
         top1: in percent.
-        source: whose figure the accuracy is: `MEASURED`, or as 'reported by the paper'.
+        source: where the accuracy is from: `MEASURED`, or a text such as 'reported by the paper'.
     """
 
     name: str
@@ -292,66 +321,68 @@ class CostRow:
 
 
 def manifest_rows(dataset: str = "Kinetics-400") -> list[CostRow]:
-    """The checkpoints of the manifest that have a top-1 on this dataset; their costs are counted by `count_cost`.
+    """The checkpoints of the manifest with a top-1 on this dataset, and their costs by `count_cost`.
 
     Raises:
-        ValueError: there are none.
+        ValueError: the manifest has none on this dataset.
     """
     rows = []
     for entry in manifest().values():
-        for figure in entry.figures:
-            if (figure["dataset"], figure["metric"]) == (dataset, "top-1"):
+        for metric in entry.figures:
+            if (metric["dataset"], metric["metric"]) == (dataset, "top-1"):
                 model = timm.create_model(entry.architecture, device="meta", **entry.model_args(entry.config()))
-                views = figure["views"] or {"crops": 1, "clips": 1}
+                assert isinstance(model, EtMamba)
+                views = metric["views"] or {"crops": 1, "clips": 1}
                 cost = count_cost(model)
                 macs = cost.total_macs * views["crops"] * views["clips"]
-                whose = figure["whose"].replace("upstream", entry.source.get("repo", "upstream"))
-                rows.append(CostRow(entry.name, cost.params, macs, figure["value"], whose))
+                source = metric["whose"].replace("upstream", entry.source.get("repo", "upstream"))
+                rows.append(CostRow(entry.name, cost.params, macs, metric["value"], source))
     if not rows:
-        known = sorted({figure["dataset"] for entry in manifest().values() for figure in entry.figures})
-        raise ValueError(f"the manifest has no top-1 on {dataset!r}; it has some on {', '.join(known)}")
+        known = sorted({metric["dataset"] for entry in manifest().values() for metric in entry.figures})
+        raise ValueError(f"the manifest has no top-1 on {dataset!r}; choose one of {', '.join(known)}")
     return rows
 
 
 def read_cost_rows(path: str | Path) -> list[CostRow]:
-    """Rows of a CSV file with the columns name, params, macs, top1, source, as `CostRow` says.
+    """Reads a CSV file with the columns name, params, macs, top1 and source (see `CostRow`).
 
     Raises:
-        ValueError: a column is missing, or a value isn't what it should be.
+        ValueError: a column is missing, or a value is invalid.
     """
     wanted = [field.name for field in fields(CostRow)]
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         if set(wanted) - set(reader.fieldnames or ()):
-            raise ValueError(f"{path} has the columns {reader.fieldnames}; wanted are {', '.join(wanted)}")
+            raise ValueError(f"{path} has the columns {reader.fieldnames}; it needs {', '.join(wanted)}")
         try:
             return [
                 CostRow(row["name"], int(row["params"]), int(row["macs"]), float(row["top1"]), row["source"].strip())
                 for row in reader
             ]
-        except (ValueError, TypeError, AttributeError) as error:  # a value that is none, or isn't there
-            raise ValueError(f"{path}, line {reader.line_num}: {error}; each row has {', '.join(wanted)}") from error
+        except (ValueError, TypeError, AttributeError) as error:  # an invalid or missing value
+            raise ValueError(f"{path}, line {reader.line_num}: {error}; each row needs {', '.join(wanted)}") from error
 
 
 def plot_cost(rows: Sequence[CostRow], path: str | Path, title: str = "Accuracy against cost") -> None:
-    """Top-1 against multiply-adds (paper fig. 6); a mark's area grows with the parameters.
+    """Plots top-1 against multiply-adds (paper fig. 6); a marker's area grows with the parameters.
 
-    A figure measured here is a filled disc. Others are hollow, of another shape for each source, which the legend
-    names.
+    Our own measurements are filled discs. Others are hollow, with a marker for each source.
 
     Raises:
-        ValueError: no rows, or one without a source, or at no cost.
+        ValueError: no rows, or one without a source or a cost; or as `check_plot_file`.
     """
-    check_target(path)
+    check_plot_file(path)
     for row in rows:
         if not row.source.strip() or row.macs <= 0 or row.params <= 0:
-            raise ValueError(f"{row} must say whose figure it is, and have parameters and multiply-adds above 0")
+            raise ValueError(f"{row} must have a source, and parameters and multiply-adds above 0")
     if not rows:
-        raise ValueError("there are no rows to draw")
+        raise ValueError("no rows to plot; give at least one")
     figure = new_figure(10, 7)
+    from matplotlib.collections import PathCollection
+
     axes = figure.add_subplot(
         xscale="log",
-        xlabel="multiply-adds of all views, G (scan included); a mark's area grows with the parameters",
+        xlabel="multiply-adds of all views, G (scan included); a marker's area grows with the parameters",
         ylabel="top-1 accuracy, %",
         title=title,
     )
@@ -378,24 +409,23 @@ def plot_cost(rows: Sequence[CostRow], path: str | Path, title: str = "Accuracy 
     axes.grid(alpha=0.3)
     legend = axes.legend(title="top-1", loc="lower right")
     for handle in legend.legend_handles:
+        assert isinstance(handle, PathCollection)
         handle.set_sizes([70])
-    _write_names(axes, [(row.macs / 1e9, row.top1, row.name) for row in rows])
+    _write_names(figure, axes, legend, [(row.macs / 1e9, row.top1, row.name) for row in rows])
     save_figure(figure, path)
 
 
-def _write_names(axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Names beside their points, each at the first place around it where it covers no name or point so far."""
-    figure = axes.figure
-    figure.draw_without_rendering()  # settles where the axes are
-    renderer = figure.canvas.get_renderer()
+def _write_names(figure: "Figure", axes: "Axes", legend: "Legend", points: Sequence[tuple[float, float, str]]) -> None:
+    """Writes names beside their points, each at the first place around it that covers no other name or point."""
+    figure.draw_without_rendering()  # fixes the position of the axes
     places = [axes.transData.transform(point[:2]) for point in points]
-    taken = [axes.get_legend().get_window_extent(renderer)]
+    taken = [legend.get_window_extent()]
     offsets = [(9, 0, "left"), (-9, 0, "right"), (0, 11, "center"), (0, -11, "center")]
     offsets += [(x, y, side) for y in (14, -14, 24, -24) for x, side in ((9, "left"), (-9, "right"))]
     for x, y, name in points:
         for dx, dy, side in offsets:
             text = axes.annotate(name, (x, y), (dx, dy), textcoords="offset points", ha=side, va="center", fontsize=7.5)
-            box = text.get_window_extent(renderer)
+            box = text.get_window_extent()
             inside = axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1)
             if inside and not box.count_overlaps(taken) and not any(box.padded(6).contains(*place) for place in places):
                 break

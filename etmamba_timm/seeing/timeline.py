@@ -1,4 +1,4 @@
-"""What happens when in a long video: class scores over time, and the segments they make."""
+"""Class scores over time in a long video, and segments made from them."""
 
 import csv
 import json
@@ -19,9 +19,9 @@ from ..data import EvalTransform, VideoReader
 from ..files import check_file, whole_file
 from ..models import EtMamba
 from ..predict import class_names
-from .plots import check_target, new_figure, save_figure, short
+from .plots import check_plot_file, new_figure, save_figure, short
 
-MOST_ROWS = 12  # classes that a figure shows
+MOST_ROWS = 12  # classes in a plot
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Timeline:
     """Class scores over a video.
 
     Attributes:
-        times: float64 [moments, 2], start and end of each in seconds; one begins where the one before ends.
+        times: float64 [moments, 2], start and end of each moment in seconds; each starts where the previous one ends.
         probabilities: float32 [moments, classes].
-        classes: names of the classes.
+        classes: class names.
     """
 
     times: Tensor
@@ -39,14 +39,19 @@ class Timeline:
     classes: list[str]
 
     def segments(self, smooth: int = 3) -> list["Segment"]:
-        """Neighbouring moments of the same likeliest class, joined.
+        """Joins neighbouring moments with the same top class into segments.
 
         Args:
-            smooth: moments, an odd number, that are averaged before the likeliest class is taken (fewer at both ends):
-                so a class that leads for a single moment makes no segment, and a border stays where it is. 1 for none.
+            smooth: number of moments to average over (fewer at both ends) before taking the top class, so that a class
+                that leads for a single moment makes no segment. Odd; 1 for no smoothing.
+
+        Returns: the segments in order of time.
+
+        Raises:
+            ValueError: `smooth` isn't a positive odd number.
         """
         if smooth < 1 or smooth % 2 == 0:
-            raise ValueError(f"smooth is {smooth}; it must be an odd number of moments, 1 for none")
+            raise ValueError(f"smooth is {smooth}; it must be an odd number of moments, 1 for no smoothing")
         averaged = F.avg_pool1d(self.probabilities.T, smooth, 1, smooth // 2, count_include_pad=False).T
         best = averaged.argmax(1)
         starts = [0, *((best[1:] != best[:-1]).nonzero()[:, 0] + 1).tolist(), len(best)]
@@ -61,12 +66,12 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a video in which one class leads.
+    """A part of a video in which one class has the highest score.
 
     Attributes:
-        start, end: seconds from the first frame on.
-        label: the class.
-        score: its probability, averaged over the time.
+        start, end: in seconds from the first frame.
+        label: the class name.
+        score: the mean probability of the class.
     """
 
     start: float
@@ -85,27 +90,29 @@ def timeline(
     dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> Timeline:
-    """Class scores over a video of any length, from clips that slide over it.
+    """Computes class scores over a video of any length, with a sliding clip.
 
-    A clip starts every `hop` seconds, and the last one ends with the video. Its frames are those that are shown at
-    `model.num_frames` times, evenly spread, whatever the frame rate and its changes. A moment lasts from one start to
-    the next; its scores are the mean over the clips that cover its middle. The file is decoded once, and no more frames
-    are held than a batch of clips and those that overlap it take. A video shorter than a clip repeats its last frame,
-    or is a shorter clip where the model's are spread over whole videos.
+    A clip starts every `hop` seconds, and the last one ends with the video. Its `model.num_frames` frames are evenly
+    spaced in time, also if the frame rate varies. A moment lasts from one start to the next; its scores are the mean
+    over the clips that cover its middle. The file is decoded once, and only the frames of a batch of clips, and of
+    those overlapping it, are in memory. A video shorter than a clip repeats its last frame; if the model's clips are
+    spread over whole videos, the clip is shortened instead.
 
     Args:
-        model: as in `predict`; its centre crop is taken.
+        model: as in `predict`; it sees the centre crop.
         path: a video file.
-        clip_seconds: time that a clip spans; by default that of the model's `clip`, whose unknown stride is 2.
-        hop: seconds from one clip's start to the next; by default half a clip.
-        batch_size: clips that the model takes at a time.
-        dtype: of autocast; None for none.
-        progress: whether to show a bar.
+        clip_seconds: duration of a clip; by default that of the model's `clip`, with stride 2 if unknown.
+        hop: seconds from the start of one clip to the next; by default half a clip.
+        batch_size: clips per forward pass.
+        dtype: autocast's dtype; None for no autocast.
+        progress: whether to show a progress bar.
+
+    Returns: the scores.
 
     Raises:
-        VideoError: as `predict`; also a file that doesn't tell its frame rate.
-        ValueError: a hop that skips a part of the video; a model whose clips are spread over whole videos, and no
-            `clip_seconds`; one in training mode or without classes.
+        VideoError: as `predict`; also if the file has no frame rate.
+        ValueError: a hop longer than a clip; no `clip_seconds` for a model whose clips are spread over whole videos;
+            a model in training mode or without classes; scores that aren't finite.
     """
     if model.training or not model.global_pool or model.num_classes < 1:
         raise ValueError(
@@ -115,24 +122,27 @@ def timeline(
     clip = model.clip.known()
     if clip_seconds is None and clip.is_spread:
         raise ValueError(
-            "the model's clips are spread over whole videos, so it isn't known how long one is here; give clip_seconds "
-            "the length of the videos it was trained on (Kinetics: 10)"
+            "the model's clips are spread over whole videos, so they have no fixed duration; set clip_seconds to the "
+            "length of the videos it was trained on (Kinetics: 10)"
         )
     reader = VideoReader(path)
     shown, fps = reader.times(), reader.info.fps
-    length = shown[-1] + 1 / fps  # the last frame is taken to stay as long as others do
-    span = clip.num_frames * clip.stride / fps if clip_seconds is None else clip_seconds
+    length = shown[-1] + 1 / fps  # the last frame's duration is unknown: the average is assumed
+    span = clip_seconds
+    if span is None:
+        assert isinstance(clip.stride, int)  # 'spread' was refused above
+        span = clip.num_frames * clip.stride / fps
     hop = span / 2 if hop is None else hop
     if not 0 < hop <= span < math.inf:
         raise ValueError(
-            f"clips of {span:g} s every {hop:g} s; both must be above 0, and the hop no longer than a clip, or parts "
-            "of the video would be skipped: choose a shorter hop or longer clips"
+            f"clip_seconds is {span:g} and hop {hop:g}; both must be above 0, and the hop no longer than a clip, or "
+            "parts of the video would be skipped: choose a shorter hop or longer clips"
         )
     if clip.is_spread:
         span = min(span, length)
     starts, times = _grid(length, span, hop)
     step = span / model.num_frames
-    # In the middle of a step, and of a frame: rounding does no harm.
+    # Close to the middle of a step, and at the middle of a frame, where rounding errors don't matter.
     first = (max(0, (step * fps - 1) // 2) + 0.5) / fps
     ticks = [first + i * step for i in range(model.num_frames)]
     clips = [[max(0, bisect_right(shown, start + tick) - 1) for tick in ticks] for start in starts]
@@ -140,28 +150,32 @@ def timeline(
     transform = EvalTransform.from_model(model, size=model.img_size)
     weight = next(model.parameters())
     autocast = torch.autocast(weight.device.type, dtype) if dtype else nullcontext()
-    scores, bar = [], tqdm(total=len(clips), unit="clip", leave=False, disable=None if progress else True)
+    outputs, bar = [], tqdm(total=len(clips), unit="clip", leave=False, disable=None if progress else True)
     with torch.inference_mode(), autocast, bar:
         for batch in _batches(reader, clips, transform, batch_size):
             logits = model(batch.to(weight.device, weight.dtype))
-            scores.append(logits.float().softmax(-1).cpu())
+            outputs.append(logits.float().softmax(-1).cpu())
             bar.update(len(batch))
-    scores = torch.cat(scores)
+    scores = torch.cat(outputs)
     if not scores.isfinite().all():
         raise ValueError(f"{path}: the result isn't finite; check the checkpoint, or use float32")
     return Timeline(times, _per_moment(scores, starts, span, times), class_names(model, scores.shape[1]))
 
 
 def check_segments_file(path: str | Path) -> None:
-    """Raises ValueError if no segments can be written to `path`: to be called before the work."""
+    """Checks that segments can be written to `path`. Call it before the work.
+
+    Raises:
+        ValueError: another suffix than .csv or .json, or a path that can't be written.
+    """
     check_file(path, (".csv", ".json"), "segments")
 
 
 def write_segments(segments: list[Segment], path: str | Path) -> None:
-    """Writes start, end (seconds), label and score of each segment, as .csv or .json; whole or not at all.
+    """Writes start, end (seconds), label and score of each segment to a .csv or .json file, completely or not at all.
 
     Raises:
-        ValueError: another suffix, or no such folder.
+        ValueError: as `check_segments_file`.
     """
     check_segments_file(path)
     rows = [asdict(segment) for segment in segments]
@@ -177,23 +191,31 @@ def write_segments(segments: list[Segment], path: str | Path) -> None:
 
 
 def plot_timeline(timeline: Timeline, path: str | Path, smooth: int = 3) -> None:
-    """Scores over time as a heat map, a row a class, and around them the segments that `smooth` makes.
+    """Plots scores over time as a heat map with a row per class, and outlines the segments.
 
-    Shown are the classes that lead, by the time they do, up to `MOST_ROWS`; in the order in which they first lead.
+    The rows are the `MOST_ROWS` classes with the longest segments in total, ordered by their first segment.
+
+    Args:
+        timeline: the scores.
+        path: the file to write.
+        smooth: see `Timeline.segments`.
+
+    Raises:
+        ValueError: as `check_plot_file` and `Timeline.segments`.
     """
-    check_target(path)
+    check_plot_file(path)
     segments = timeline.segments(smooth)
-    led = {}  # seconds of each class, in order of first leading
+    seconds: dict[str, float] = {}  # in the order of first segments
     for segment in segments:
-        led[segment.label] = led.get(segment.label, 0) + segment.end - segment.start
-    most = sorted(led, key=led.get, reverse=True)[:MOST_ROWS]
-    rows = [label for label in led if label in most]
+        seconds[segment.label] = seconds.get(segment.label, 0.0) + segment.end - segment.start
+    longest = sorted(seconds, key=lambda label: seconds[label], reverse=True)[:MOST_ROWS]
+    rows = [label for label in seconds if label in longest]
     figure = new_figure(10, 1.9 + 0.35 * len(rows))
     from matplotlib.patches import Rectangle
     from matplotlib.ticker import MaxNLocator
 
-    of = f" ({len(rows)} of {len(led)} classes that lead)" if len(rows) < len(led) else ""
-    axes = figure.add_subplot(xlabel="time, min:s", title=f"Class scores over time; outlined where a class leads{of}")
+    shown = f" ({len(rows)} of {len(seconds)} classes)" if len(rows) < len(seconds) else ""
+    axes = figure.add_subplot(xlabel="time, min:s", title=f"Class scores over time; top class outlined{shown}")
     columns = [timeline.classes.index(label) for label in rows]
     edges = [*timeline.times[:, 0].tolist(), timeline.times[-1, 1].item()]
     borders = [row - 0.5 for row in range(len(rows) + 1)]
@@ -208,14 +230,14 @@ def plot_timeline(timeline: Timeline, path: str | Path, smooth: int = 3) -> None
     axes.set_yticks(range(len(rows)), [short(label, 40) for label in rows])
     axes.invert_yaxis()
     axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 1.5, 3, 6, 10]))
-    axes.xaxis.set_major_formatter(lambda seconds, _: f"{int(seconds // 60)}:{seconds % 60:04.1f}".removesuffix(".0"))
+    axes.xaxis.set_major_formatter(lambda time, _: f"{int(time // 60)}:{time % 60:04.1f}".removesuffix(".0"))
     save_figure(figure, path)
 
 
 def _grid(length: float, span: float, hop: float) -> tuple[list[float], Tensor]:
-    """The starts of clips of `span` seconds in a video of `length`, and the moments [moments, 2] between them.
+    """Starts of clips of `span` seconds in a video of `length` seconds, and the moments [moments, 2].
 
-    Moments are `hop` long, the last one shorter; a rest below a thousandth of a hop belongs to the one before.
+    Moments last `hop` seconds, the last one less; less than a thousandth of a hop is added to the moment before.
     """
     count = max(1, math.ceil(length / hop - 1e-3))
     edges = [*(i * hop for i in range(count)), length]
@@ -236,19 +258,21 @@ def _per_moment(scores: Tensor, starts: list[float], span: float, times: Tensor)
 def _batches(
     reader: VideoReader, clips: list[list[int]], transform: EvalTransform, batch_size: int
 ) -> Iterator[Tensor]:
-    """Batches of clips [B, C, T, h, w], given by the numbers of their frames, that start in ascending order.
+    """Batches of clips [B, C, T, h, w], given as lists of frame numbers with ascending starts.
 
-    A frame is kept, transformed, until the last clip that shows it is made.
+    A transformed frame stays in memory until no later clip needs it.
     """
-    wanted = sorted({number for clip in clips for number in clip})
-    frames, batch, todo = {}, [], 0
-    for number, frame in zip(wanted, reader.stream(wanted), strict=True):
+    numbers = sorted({number for clip in clips for number in clip})
+    frames: dict[int, Tensor] = {}
+    batch: list[Tensor] = []
+    done = 0  # clips
+    for number, frame in zip(numbers, reader.stream(numbers), strict=True):
         frames[number] = transform(frame[None])[0]  # [C, 1, h, w]
-        while todo < len(clips) and clips[todo][-1] <= number:
-            batch.append(torch.cat([frames[i] for i in clips[todo]], 1))
-            todo += 1
-            if len(batch) == batch_size or todo == len(clips):
+        while done < len(clips) and clips[done][-1] <= number:
+            batch.append(torch.cat([frames[i] for i in clips[done]], 1))
+            done += 1
+            if len(batch) == batch_size or done == len(clips):
                 yield torch.stack(batch)
                 batch = []
-        for old in [i for i in frames if todo == len(clips) or i < clips[todo][0]]:
+        for old in [i for i in frames if done == len(clips) or i < clips[done][0]]:
             del frames[old]

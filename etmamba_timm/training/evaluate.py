@@ -1,4 +1,4 @@
-"""A model's scores on annotated videos, averaged over views, and the accuracies they come to."""
+"""Evaluation: a model's scores on annotated videos, averaged over views, and its accuracy."""
 
 import contextlib
 import json
@@ -26,9 +26,9 @@ class Scores:
         probabilities: float32 [videos, classes], the mean over each video's views.
         labels: [videos].
         indices: [videos], into the dataset, ascending.
-        failed: videos that couldn't be decoded; they are in no accuracy.
-        missing: videos that are listed but aren't there; nor are they.
-        classes: names of the classes.
+        failed: number of videos that couldn't be decoded. They don't count in the metrics.
+        missing: number of listed videos that don't exist. They don't count either.
+        classes: class names.
     """
 
     probabilities: Tensor
@@ -39,20 +39,20 @@ class Scores:
     classes: list[str]
 
     def topk(self, k: int) -> float:
-        """Share of videos whose class is among the k likeliest; of equally likely ones, the first comes first."""
-        own = self.probabilities.gather(1, self.labels[:, None])
-        sooner = torch.arange(self.probabilities.shape[1]) < self.labels[:, None]
-        before = (self.probabilities > own) | (self.probabilities == own) & sooner
-        return (before.sum(1) < k).double().mean().item()
+        """Top-k accuracy, in [0, 1]; among equal probabilities, the first class ranks higher."""
+        true = self.probabilities.gather(1, self.labels[:, None])
+        is_earlier = torch.arange(self.probabilities.shape[1]) < self.labels[:, None]
+        ranks_higher = (self.probabilities > true) | (self.probabilities == true) & is_earlier
+        return (ranks_higher.sum(1) < k).double().mean().item()
 
     def per_class(self) -> list[float | None]:
-        """Each class's share of videos that are recognised; None for a class without videos."""
-        right = (self.probabilities.argmax(1) == self.labels).double()
-        of = [right[self.labels == i] for i in range(len(self.classes))]
-        return [values.mean().item() if len(values) else None for values in of]
+        """Top-1 accuracy of each class; None for a class without videos."""
+        correct = (self.probabilities.argmax(1) == self.labels).double()
+        by_class = [correct[self.labels == i] for i in range(len(self.classes))]
+        return [values.mean().item() if len(values) else None for values in by_class]
 
-    def figures(self) -> dict:
-        """Top-1, top-5, the mean of the classes' accuracies, and the numbers of videos behind them."""
+    def metrics(self) -> dict[str, float]:
+        """Top-1, top-5 and mean class accuracy, and the numbers of videos: evaluated, failed and missing."""
         known = [value for value in self.per_class() if value is not None]
         return {
             "top1": self.topk(1),
@@ -64,18 +64,21 @@ class Scores:
         }
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file, whole or not at all: the tensors, and the rest in its metadata."""
+        """Writes a safetensors file, completely or not at all: the tensors, and the rest as metadata."""
         tensors = {name: getattr(self, name).contiguous() for name in ("probabilities", "labels", "indices")}
         rest = {"classes": self.classes, "failed": self.failed, "missing": self.missing}
         with whole_file(path) as draft:
-            draft.write_bytes(save(tensors, {"scores": json.dumps(rest)}))  # save_file lets nobody else read it
+            draft.write_bytes(
+                save(tensors, {"scores": json.dumps(rest)})
+            )  # save_file makes it unreadable for other users
 
     @classmethod
     def load(cls, path: str | Path) -> "Scores":
-        """What `save` wrote.
+        """Reads what `save` wrote.
 
         Raises:
-            ValueError: another kind of file.
+            FileNotFoundError: no such file.
+            ValueError: a file of another kind.
         """
         try:
             with safe_open(path, "pt") as file:
@@ -96,18 +99,20 @@ def evaluate(
     dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> Scores:
-    """Softmax scores of each video, averaged over its views.
+    """Computes softmax scores of each video, averaged over its views.
 
-    In a process group (torch.distributed) the processes share the videos, and all get all scores. These are the same
-    for any batch size and number of processes, but for rounding.
+    In a process group (torch.distributed) the processes share the videos, and each returns all scores. Apart from
+    rounding, they don't depend on the batch size and the number of processes.
 
     Args:
-        model: clips [B, C, T, H, W] -> logits [B, classes]; used in evaluation mode, and left as it was.
+        model: clips [B, C, T, H, W] -> logits [B, classes]; put into evaluation mode for the call.
         videos: the videos and their views.
-        batch_size: clips that the model takes at a time.
-        workers: processes that decode, for each process.
-        dtype: of autocast; None for none.
-        progress: whether to show a bar.
+        batch_size: clips per forward pass.
+        workers: decoding processes, per process.
+        dtype: autocast's dtype; None for no autocast.
+        progress: whether to show a progress bar.
+
+    Returns: the scores.
 
     Raises:
         ValueError: no video can be decoded, or the scores aren't finite.
@@ -131,7 +136,7 @@ def evaluate(
     )
 
 
-@torch.no_grad()  # under inference_mode, PyTorch 2.4 would trip over its own process group
+@torch.no_grad()  # all_gather_object of PyTorch 2.4 fails in inference_mode
 def mean_over_views(
     model: nn.Module,
     function: Callable[[Tensor], Tensor],
@@ -142,10 +147,10 @@ def mean_over_views(
     dtype: torch.dtype | None,
     progress: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`function` of each video's views, averaged over them; the arguments, processes and errors are `evaluate`'s.
+    """Averages `function` over each video's views. Other arguments, processes and errors are as in `evaluate`.
 
     Args:
-        model: what is to be in evaluation mode, and where the clips go.
+        model: the module to put into evaluation mode; clips are moved to its device and dtype.
         function: clips [B, C, T, H, W] -> [B, X].
 
     Returns: float64 [videos, X], labels [videos], and indices [videos] into the dataset, ascending.
@@ -160,10 +165,11 @@ def mean_over_views(
         num_workers=workers,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # else it would draw from the global one
+        generator=torch.Generator(),  # so that the global one isn't used
     )
     autocast = torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
-    parts, was_training = [], model.training
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    was_training = model.training
     model.eval()
     try:
         for batch in tqdm(loader, desc="videos", leave=False, disable=None if progress and rank == 0 else True):
@@ -171,20 +177,19 @@ def mean_over_views(
                 continue
             clips = batch["clip"].flatten(0, 1)  # [B, views, ...] -> [B·views, ...]
             with autocast:
-                values = [
+                outputs = [
                     function(part.to(device, weight.dtype, non_blocking=True)) for part in clips.split(batch_size)
                 ]
-            means = torch.cat(values).cpu().double().unflatten(0, (-1, views)).mean(1)
+            means = torch.cat(outputs).cpu().double().unflatten(0, (-1, views)).mean(1)
             parts.append((batch["index"], batch["label"], means))
     finally:
         model.train(was_training)
-    everyone = [parts]
+    by_process = [parts] * processes
     if processes > 1:
-        everyone = [None] * processes
-        dist.all_gather_object(everyone, parts)
-    gathered = [part for parts in everyone for part in parts]
+        dist.all_gather_object(by_process, parts)
+    gathered = [part for parts in by_process for part in parts]
     if not gathered:
-        raise ValueError(f"none of the {len(videos)} videos can be decoded")
+        raise ValueError(f"none of the {len(videos)} videos can be decoded; check the dataset")
     indices, labels, values = (torch.cat(tensors) for tensors in zip(*gathered, strict=True))
     if not values.isfinite().all():
         raise ValueError("the scores aren't finite; check the checkpoint, or use float32")

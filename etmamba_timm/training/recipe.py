@@ -1,64 +1,69 @@
-"""What a training run is made of: a table of settings, read from a YAML file, any of which can be overridden."""
+"""Recipes: the settings of a training run, read from a YAML file, with overrides."""
 
 import types
 from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
+from typing import SupportsFloat
 
 import yaml
 
 from ..clip import Clip
 
-# Arguments of `timm.create_model` that have a setting of their own.
+# Arguments of `timm.create_model` that can't be in model_args, and where they come from instead.
 SET_ELSEWHERE = {
-    "num_frames": "num_frames",
-    "img_size": "size",
-    "drop_rate": "drop",
-    "drop_path_rate": "drop_path",
-    "pretrained": "pretrained",
-    "pretrained_cfg_overlay": "checkpoint",
-    "checkpoint_path": "checkpoint",
-    "num_classes": "nothing: the dataset's classes decide",
+    "num_frames": "set num_frames",
+    "img_size": "set size",
+    "drop_rate": "set drop",
+    "drop_path_rate": "set drop_path",
+    "pretrained": "set pretrained",
+    "pretrained_cfg_overlay": "set checkpoint",
+    "checkpoint_path": "set checkpoint",
+    "num_classes": "the dataset decides it",
 }
 PRECISIONS = ("no", "bf16", "fp16")
 
 
 class RecipeError(ValueError):
-    """A recipe that can't be: an unknown name or setting, or a value that doesn't fit."""
+    """An unknown recipe or setting, or an invalid value."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of a training run; the defaults are the paper's for Kinetics-400 (4.2), but for the dataset.
+    """Settings of a training run. Defaults, except `dataset`, are the paper's for Kinetics-400 (4.2).
 
     Attributes:
-        dataset: how the data is laid out, a name of `etmamba_timm.data.LAYOUTS`.
-        split: of a dataset that has several.
-        model: what `timm.create_model` takes.
-        model_args: more of its arguments.
-        pretrained: whether to start from that model's weights.
-        checkpoint: a file of weights to start from instead, ours or VideoMamba's; its classifier is left out if the
-            number of classes differs. An ETMamba starts from VideoMamba's as `etmamba_ti.videomamba_in1k`.
-        num_frames, stride: of a clip; the stride is the frames from one to the next, or 'spread' over the whole video.
+        dataset: the layout of the data, a key of `etmamba_timm.data.LAYOUTS`.
+        split: the split, for datasets with several.
+        model: the model's name for `timm.create_model`.
+        model_args: further arguments of `timm.create_model`.
+        pretrained: whether to start from the model's pretrained weights.
+        checkpoint: a file of weights to start from instead, ours or VideoMamba's; its classifier is dropped if the
+            number of classes differs. To start an ETMamba from VideoMamba's, set model to `etmamba_ti.videomamba_in1k`.
+        num_frames, stride: of a clip; the stride is the number of frames from one to the next, or 'spread' over the
+            whole video.
         size: height and width of a clip, in pixels; one number for a square.
-        epochs, warmup_epochs: of training, and of these with a rising rate; the latter may be a fraction.
-        batch_size: clips of an update in each process.
-        accumulate: parts that such a batch is cut into, one after another, to save memory.
-        opt, opt_args: an optimiser of timm, and more arguments of timm's `create_optimizer_v2`.
-        lr, min_lr, warmup_lr: rates for 256 clips an update; scaled linearly to the actual number.
+        epochs, warmup_epochs: number of epochs, and how many of them are warm-up (may be a fraction).
+        batch_size: clips per update and process.
+        accumulate: number of parts that a batch is split into (gradient accumulation), to save memory.
+        opt, opt_args: timm's name of the optimiser, and further arguments of timm's `create_optimizer_v2`.
+        lr, min_lr, warmup_lr: learning rates for 256 clips per update, scaled linearly to the actual number.
         weight_decay, betas: of the optimiser.
-        layer_decay: factor of the rate from a block to the one before it; 1 for none.
-        clip_grad: largest norm of the gradient; 0 for no limit.
+        layer_decay: factor of the learning rate from each block to the one before it; 1 for none.
+        clip_grad: maximum norm of the gradient; 0 for no limit.
         drop_path, drop, label_smoothing: regularisation.
-        mixup, cutmix: their alphas; 0 for none.
+        mixup, cutmix: alphas; 0 for none.
         scale, ratio, flip, rand_augment, erasing: see `etmamba_timm.data.TrainTransform`.
         ema: decay of averaged weights, which are then evaluated and exported; 0 for none.
         precision: 'no' (float32), 'bf16' or 'fp16'.
-        grad_checkpointing: whether activations are computed again to save memory.
-        freeze_backbone: whether the classifier alone is trained.
-        eval_epochs: epochs from one evaluation to the next.
-        num_clips, num_crops: views of a video in the last evaluation; before, it is one.
-        seed: of everything drawn.
+        grad_checkpointing: whether to recompute activations in the backward pass, to save memory.
+        freeze_backbone: whether to train only the classifier.
+        eval_epochs: epochs between evaluations.
+        num_clips, num_crops: views per video in the final evaluation; earlier ones use one view.
+        seed: the random seed.
+
+    Raises:
+        RecipeError: an invalid value.
     """
 
     dataset: str = "folders"
@@ -104,14 +109,14 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            object.__setattr__(self, f.name, _fitting(f.name, f.type, getattr(self, f.name)))
+            object.__setattr__(self, f.name, _converted(f.name, f.type, getattr(self, f.name)))
         for name in ("epochs", "batch_size", "accumulate", "num_clips", "eval_epochs", "split"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must be 1 or more")
-        if clash := [f"{name} (set {own})" for name, own in SET_ELSEWHERE.items() if name in self.model_args]:
-            raise RecipeError(f"model_args holds what the recipe sets elsewhere: {', '.join(clash)}")
+        if clash := [f"{name} ({instead})" for name, instead in SET_ELSEWHERE.items() if name in self.model_args]:
+            raise RecipeError(f"model_args can't contain {', '.join(clash)}")
         if min(self.img_size) < 1:
-            raise RecipeError(f"size is {self.size}; it must be 1 or more pixels")
+            raise RecipeError(f"size is {self.size}; it must be at least 1 pixel")
         try:
             _ = self.clip
         except ValueError as error:
@@ -122,19 +127,25 @@ class Recipe:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         for name in ("drop_path", "drop", "label_smoothing", "flip", "erasing", "ema", "layer_decay"):
             if not 0 <= getattr(self, name) <= 1:
-                raise RecipeError(f"{name} is {getattr(self, name)}; it must be within 0 and 1")
+                raise RecipeError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
         if self.layer_decay == 0:
-            raise RecipeError("layer_decay is 0, which would train the classifier alone; it is 1 for none")
+            raise RecipeError("layer_decay is 0, which would train only the classifier; set it to 1 for no decay")
         if self.label_smoothing == 1:
-            raise RecipeError("label_smoothing is 1, which leaves nothing to learn; it must be below 1")
+            raise RecipeError("label_smoothing is 1, which makes all classes equal; it must be below 1")
         if self.warmup_epochs >= self.epochs:
-            raise RecipeError(f"warmup_epochs is {self.warmup_epochs:g} of {self.epochs} epochs; leave some after it")
+            raise RecipeError(
+                f"warmup_epochs is {self.warmup_epochs:g} and epochs {self.epochs}; warmup_epochs must be smaller"
+            )
         if self.batch_size % self.accumulate:
-            raise RecipeError(f"batch_size {self.batch_size} can't be cut into {self.accumulate} equal parts")
+            raise RecipeError(
+                f"batch_size is {self.batch_size}; it must be a multiple of accumulate, {self.accumulate}"
+            )
         if (self.mixup or self.cutmix) and self.batch_size // self.accumulate % 2:
-            raise RecipeError(f"mixup pairs clips; {self.batch_size // self.accumulate} at a time is odd")
+            raise RecipeError(
+                f"mixup needs an even number of clips; batch_size / accumulate is {self.batch_size // self.accumulate}"
+            )
         if self.num_crops not in (1, 3):
-            raise RecipeError(f"num_crops is {self.num_crops}; it is 1 or 3")
+            raise RecipeError(f"num_crops is {self.num_crops}; it must be 1 or 3")
         if self.precision not in PRECISIONS:
             raise RecipeError(f"precision is {self.precision!r}; choose one of {', '.join(PRECISIONS)}")
 
@@ -145,81 +156,91 @@ class Recipe:
 
     @property
     def clip(self) -> Clip:
-        """`num_frames` and `stride`."""
-        return Clip(self.num_frames, self.stride)  # type: ignore[arg-type]  # checked there
+        """`num_frames` and `stride` as a `Clip`."""
+        return Clip(self.num_frames, self.stride)  # type: ignore[arg-type]  # Clip checks it
 
     def scaled(self, rate: float, processes: int) -> float:
-        """A rate for 256 clips an update -> for the clips that an update of so many processes takes."""
+        """Scales a learning rate for 256 clips per update to the batch of all processes."""
         return rate * self.batch_size * processes / 256
 
     def to_yaml(self) -> str:
-        """All settings, as `load_recipe` reads them."""
+        """All settings as YAML, for `load_recipe`."""
         settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         return yaml.safe_dump(settings, sort_keys=False)
 
 
 def recipe_names() -> list[str]:
-    """The recipes that come with the package."""
+    """Names of the package's recipes."""
     return sorted(p.name.removesuffix(".yaml") for p in files(__package__).joinpath("recipes").iterdir())
 
 
 def load_recipe(name: str | Path = "k400", **overrides) -> Recipe:
-    """A recipe of the package by its name, or a YAML file; `overrides` replace its settings.
+    """Loads a recipe.
+
+    Args:
+        name: the name of one of the package's recipes, or a YAML file.
+        overrides: settings that replace the recipe's.
+
+    Returns: the recipe.
 
     Raises:
-        RecipeError: an unknown recipe or setting, or a value that doesn't fit.
+        RecipeError: an unknown recipe or setting, or an invalid value.
     """
     if str(name) in recipe_names():
         text = files(__package__).joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
     elif Path(name).is_file():
         text = Path(name).read_text(encoding="utf-8")
     else:
-        raise RecipeError(f"no recipe {str(name)!r}: it is no file, and none of {', '.join(recipe_names())}")
+        raise RecipeError(f"unknown recipe {str(name)!r}; give a YAML file, or one of {', '.join(recipe_names())}")
     try:
         given = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise RecipeError(f"{name} is no YAML: {error}") from error
+        raise RecipeError(f"{name} isn't valid YAML: {error}") from error
     if not isinstance(given, dict):
-        raise RecipeError(f"{name} holds a {type(given).__name__}; wanted lines `setting: value`")
+        raise RecipeError(f"{name} contains a {type(given).__name__}; write lines `setting: value`")
     given |= overrides
     known = [f.name for f in fields(Recipe)]
     if unknown := sorted(map(str, given.keys() - set(known))):
-        raise RecipeError(f"{name}: unknown settings {', '.join(unknown)}; there are {', '.join(known)}")
+        raise RecipeError(f"{name}: unknown settings {', '.join(unknown)}; known are {', '.join(known)}")
     return Recipe(**given)
 
 
 def parse_overrides(pairs: list[str]) -> dict:
-    """`name=value` as given on a command line -> settings; values are read as YAML."""
-    out = {}
+    """Parses `name=value` pairs from the command line; values are YAML.
+
+    Raises:
+        RecipeError: a pair without '=', or a value that isn't YAML.
+    """
+    settings = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
-            raise RecipeError(f"{pair!r} is no setting; write it as name=value, e.g. epochs=10")
+            raise RecipeError(f"{pair!r} isn't a setting; write name=value, such as epochs=10")
         try:
-            out[name.strip()] = yaml.safe_load(value)
+            settings[name.strip()] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise RecipeError(f"{pair!r}: {value!r} is no YAML value ({error})") from error
-    return out
+            raise RecipeError(f"{pair!r}: {value!r} isn't valid YAML ({error})") from error
+    return settings
 
 
-def _fitting(name: str, kind: type, value: object) -> object:
-    """The value as the type of its setting; YAML reads 3e-4 as text and 1 as an int."""
+def _converted(name: str, kind: object, value: object) -> object:
+    """Converts a value to the type of its setting; YAML reads 3e-4 as a string and 1 as an int."""
     try:
         if isinstance(kind, types.UnionType):  # int | tuple[int, int], int | str
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            pair = isinstance(value, list | tuple) and len(value) == 2 and all(type(v) is int for v in value)
-            if whole or (name == "stride" and isinstance(value, str)) or (name == "size" and pair):
+            is_int = isinstance(value, int) and not isinstance(value, bool)
+            is_pair = isinstance(value, list | tuple) and len(value) == 2 and all(type(v) is int for v in value)
+            if is_int or (name == "stride" and isinstance(value, str)) or (name == "size" and is_pair):
                 return tuple(value) if isinstance(value, list) else value
         elif isinstance(kind, types.GenericAlias):  # tuple[float, float]
             if isinstance(value, list | tuple) and len(value) == len(kind.__args__):
                 return tuple(float(v) for v in value)
-        elif kind is float and not isinstance(value, bool):
+        elif kind is float and isinstance(value, str | SupportsFloat) and not isinstance(value, bool):
             return float(value)
         elif type(value) is kind:
             return value
-        elif kind is str and value is None:  # `rand_augment: ` is none
+        elif kind is str and value is None:  # `rand_augment: ` without a value
             return ""
-        elif name == "precision" and value is False:  # YAML reads `no` so
+        elif name == "precision" and value is False:  # YAML reads `no` as False
             return "no"
     except (TypeError, ValueError):
         pass

@@ -1,4 +1,4 @@
-"""The folder of a training run: what it is, its state, its logs; fit to be gone on with, whatever stops the run."""
+"""The folder of a training run: settings, states, logs and results. A run can be resumed however it was stopped."""
 
 import csv
 import json
@@ -6,9 +6,13 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors.torch import save
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 RUN_FILE, RECIPE_FILE = "run.json", "recipe.yaml"
 TRAIN_LOG, VAL_LOG = "train.csv", "val.csv"
@@ -17,18 +21,18 @@ MODEL, SCORES, TENSORBOARD = "model", "scores.safetensors", "tensorboard"
 
 
 class RunError(ValueError):
-    """A folder that holds something else than this run."""
+    """The folder contains something other than this run."""
 
 
 class RunFolder:
-    """Files of a run below `path`. But for the logs, each is written whole under another name, and then renamed.
+    """The files of a run in the folder `path`. All but the logs are written under a temporary name and then renamed.
 
-    recipe.yaml, run.json   the recipe, and all that a run must agree with to be gone on with
-    state-<update>/         accelerate's state after so many updates; the latest alone
-    train.csv, val.csv      the logs; tensorboard/ has the same
-    last.safetensors        weights at the last evaluation, best.safetensors those that were best
-    scores.safetensors      the last evaluation's scores
-    model/                  the result, in the Hub's layout; when it is there, the run is done
+    recipe.yaml, run.json   the recipe, and everything that must be the same to resume the run
+    state-<update>/         accelerate's state after that many updates; only the latest is kept
+    train.csv, val.csv      the logs, also in tensorboard/
+    last.safetensors        the weights at the last evaluation; best.safetensors: at the best one
+    scores.safetensors      the scores of the final evaluation
+    model/                  the trained model in the Hub's layout; written last, so it marks the run as finished
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -38,44 +42,46 @@ class RunFolder:
         return self.path / name
 
     def open(self, run: Mapping, recipe: str) -> None:
-        """Makes the folder, or checks that it holds this very run; one that failed before it began is replaced.
+        """Creates the folder, or checks that it contains this run. A run that failed before it started is replaced.
 
         Args:
-            run: what a run must agree with to be gone on with; JSON.
-            recipe: text of the recipe.
+            run: everything that must be the same to resume the run; JSON.
+            recipe: the text of the recipe.
 
         Raises:
-            RunError: the folder holds another run, or other things.
+            RunError: the folder contains another run, or other files.
         """
         run = json.loads(json.dumps(run))  # tuples become lists
         file = self / RUN_FILE
         names = set(os.listdir(self.path)) if self.path.is_dir() else set()
-        begun = bool(names - {name for own in (RUN_FILE, RECIPE_FILE) for name in (own, "." + own)})
+        started = bool(names - {name for own in (RUN_FILE, RECIPE_FILE) for name in (own, "." + own)})
         if file.exists():
             known = json.loads(file.read_text(encoding="utf-8"))
             differing = sorted(key for key in known.keys() | run.keys() if known.get(key) != run.get(key))
             if not differing:
                 return
-            if begun:
-                said = "; ".join(f"{key}: {known.get(key)!r:.80} there, {run.get(key)!r:.80} now" for key in differing)
-                raise RunError(f"{self.path} holds a run with other settings ({said}); name another folder")
-        elif begun or (self.path.exists() and not self.path.is_dir()):
-            raise RunError(f"{self.path} is there already and holds no run; name a new or empty folder")
+            if started:
+                changes = "; ".join(
+                    f"{key}: {known.get(key)!r:.80} there, {run.get(key)!r:.80} now" for key in differing
+                )
+                raise RunError(f"{self.path} contains a run with other settings ({changes}); choose another folder")
+        elif started or (self.path.exists() and not self.path.is_dir()):
+            raise RunError(f"{self.path} exists and contains no run; choose a new or empty folder")
         self.path.mkdir(parents=True, exist_ok=True)
         _write(self / RECIPE_FILE, recipe)
         _write(file, json.dumps(run, indent=1))
 
     def states(self) -> list[Path]:
-        """The saved states, the latest first."""
+        """Saved states, latest first."""
         found = [p for p in self.path.glob("state-*") if p.name[6:].isdigit()]
         return sorted(found, key=lambda p: int(p.name[6:]), reverse=True)
 
     def draft(self, update: int) -> Path:
-        """Where the processes write the state after `update` updates."""
+        """The temporary folder for the state after `update` updates."""
         return self / f".state-{update}"
 
     def keep(self, update: int) -> None:
-        """Makes the draft the latest state, and drops those before it."""
+        """Makes the draft the latest state, and deletes earlier ones."""
         target = self / f"state-{update}"
         shutil.rmtree(target, ignore_errors=True)
         os.replace(self.draft(update), target)
@@ -83,41 +89,41 @@ class RunFolder:
             shutil.rmtree(old, ignore_errors=True)
 
     def tidy(self) -> None:
-        """Drops what a killed process left half-written."""
+        """Deletes unfinished files of a killed process."""
         for path in [*self.path.glob(".state-*"), *self.path.glob(f".{MODEL}-*")]:
             shutil.rmtree(path, ignore_errors=True)
 
     def save_weights(self, name: str, weights: Mapping[str, Tensor]) -> None:
-        """A safetensors file of weights, on the CPU."""
+        """Writes weights to a safetensors file."""
         draft = self / f".{name}"
         tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
-        draft.write_bytes(save(tensors, {"format": "pt"}))  # save_file lets nobody else read it
+        draft.write_bytes(save(tensors, {"format": "pt"}))  # save_file makes it unreadable for other users
         os.replace(draft, self / name)
 
     def copy_weights(self, name: str, to: str) -> None:
-        """A copy of such a file."""
+        """Copies a file of weights."""
         draft = self / f".{to}"
         shutil.copyfile(self / name, draft)
         os.replace(draft, self / to)
 
 
 class Log:
-    """A CSV file with one row for each entry, and the same on TensorBoard.
+    """A log in a CSV file and on TensorBoard.
 
     Args:
-        path: the CSV file. Rows after `update`, which a killed run has left, are dropped from it.
-        columns: of the file; the first is 'update'.
-        writer: TensorBoard's.
-        update: updates that the run has made so far.
+        path: the CSV file. Rows after `update`, left by a killed process, are removed.
+        columns: its columns, including 'update'.
+        writer: TensorBoard's writer.
+        update: the number of updates so far.
     """
 
-    def __init__(self, path: Path, columns: tuple[str, ...], writer: object, update: int) -> None:
+    def __init__(self, path: Path, columns: tuple[str, ...], writer: "SummaryWriter", update: int) -> None:
         self.columns, self.writer, self.prefix = columns, writer, path.stem
         rows = []
         if path.exists():
             with path.open(newline="") as file:
-                whole = [row for row in csv.DictReader(file) if None not in row.values()]  # the last may be cut short
-                rows = [row for row in whole if int(row["update"]) <= update]
+                complete = [row for row in csv.DictReader(file) if None not in row.values()]  # the last may be cut off
+                rows = [row for row in complete if int(row["update"]) <= update]
         draft = path.with_name("." + path.name)
         with draft.open("w", newline="") as file:
             table = csv.DictWriter(file, columns)
@@ -127,7 +133,7 @@ class Log:
         self.file = path.open("a", newline="", buffering=1)
 
     def add(self, **row: float) -> None:
-        """Adds a row."""
+        """Adds a row; `row` has a value for each column."""
         csv.DictWriter(self.file, self.columns).writerow({k: _short(row[k]) for k in self.columns})
         for name, value in row.items():
             if name != "update":

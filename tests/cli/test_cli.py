@@ -63,7 +63,9 @@ def test_predict_without_a_model_takes_the_shipped_one_and_says_so(folder, monke
     assert main(["predict", "good.mp4", "--topk", "20"]) == 0
     out, err = capsys.readouterr()
     assert {line.split("%  ")[1] for line in out.splitlines()[1:]} >= {"cartwheel", "walk_backwards"}
-    assert err.startswith("etmamba: etmamba_ti.mocap knows 20 actions of rendered figures, and nothing of real video")
+    assert err.startswith(
+        "etmamba: etmamba_ti.mocap only knows 20 actions of rendered characters; for real video, give --model"
+    )
 
 
 def test_predict_json_is_what_python_gives(trained, capsys):
@@ -106,7 +108,7 @@ def test_features_are_written_whole(trained, folder, capsys):
 def test_features_do_not_overwrite_an_input(trained, folder, capsys):
     before = (folder / "weights.safetensors").read_bytes()
     assert main(["features", "good.mp4", *trained, "-o", "weights.safetensors"]) == 2
-    assert "is an input; name another file" in capsys.readouterr().err
+    assert "is also an input; give another file" in capsys.readouterr().err
     assert (folder / "weights.safetensors").read_bytes() == before
 
 
@@ -135,7 +137,10 @@ def test_a_pipe_without_a_writer_does_not_hang(trained, folder, capsys):
 def test_an_endless_picture_does_not_take_the_memory(trained, folder, capsys):
     write_video(folder / "wide.mkv", num_frames=2, height=2, width=16384, codec="ffv1")
     assert main(["predict", "wide.mkv", "good.mp4", *trained]) == 1
-    assert "wide.mkv: frames are 2×16384, 32×262144 when they cover 32×32: too elongated" in capsys.readouterr().err
+    assert (
+        "wide.mkv: frames are 2×16384 and would become 32×262144 to cover 32×32: too elongated"
+        in capsys.readouterr().err
+    )
 
 
 def test_names_that_are_no_text(trained, folder, capsys):

@@ -67,7 +67,7 @@ def test_training_takes_the_next_video_for_one_that_cannot_be_decoded(annotation
     assert torch.equal(batch["clip"][0], batch["clip"][1])
     assert caplog.text.count("left out") == 1
     bad = Annotations(annotations.samples[2:] * 3, annotations.classes, [])
-    with pytest.raises(VideoError, match="c.mp4: from this one on, 3 videos in a row can't be decoded"):
+    with pytest.raises(VideoError, match="c.mp4: 3 videos in a row, starting with this one, can't be decoded"):
         TrainClips(bad, as_numbers, Clip(4, 2))[1]
 
 

@@ -149,7 +149,7 @@ def test_from_model_of_one_channel():
 
 
 def test_from_model_of_other_channels():
-    with pytest.raises(ValueError, match=r"takes 4 channels; frames can be given as 3 \(RGB\) or 1"):
+    with pytest.raises(ValueError, match=r"takes 4 channels; video frames have 3 \(RGB\) or 1"):
         EvalTransform.from_model(Model(in_chans=4))
 
 
@@ -158,7 +158,7 @@ def test_from_model_of_other_channels():
     [
         ({"size": (224,)}, r"give \(height, width\)"),
         ({"size": (0, 224)}, "each 1 or more"),
-        ({"mean": (0.5, 0.5)}, r"mean has 2 values and std 3; give each 3 \(RGB\) or each 1"),
+        ({"mean": (0.5, 0.5)}, r"mean has 2 values and std 3; give 3 each \(RGB\) or 1 each"),
         ({"mean": (0.5,)}, "mean has 1 values and std 3"),
         ({"std": (0.5, 0.0, 0.5)}, "every value must be above 0"),
         ({"interpolation": "lanczos"}, "'lanczos'; choose one of bilinear, bicubic, nearest"),

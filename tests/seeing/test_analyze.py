@@ -1,4 +1,4 @@
-"""Confusions, features, receptive fields and costs: the numbers are checked by hand, the figures are drawn."""
+"""Confusions, features, receptive fields and costs: the numbers are checked by hand, the plots are drawn."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ from etmamba_timm.seeing.analyze import (
     plot_receptive_field,
     plot_tsne,
     receptive_field,
-    share_that_holds,
+    smallest_share,
     tsne,
 )
 from etmamba_timm.seeing.plots import short
@@ -146,13 +146,13 @@ def test_what_has_no_field(model):
         receptive_field(model, torch.randn(3, 4, 32, 32))
     with pytest.raises(ValueError, match="zero or not finite"):
         receptive_field(lambda clip: clip * 0, torch.randn(1, 3, 4, 32, 32))
-    with pytest.raises(ValueError, match="wanted is a map"):
+    with pytest.raises(ValueError, match="it must be a map"):
         receptive_field(lambda clip: clip.flatten(1), torch.randn(1, 3, 4, 32, 32))
 
 
-def test_share_that_holds():
-    assert share_that_holds(torch.tensor([[[4.0, 3.0], [2.0, 1.0]]]), 0.5) == 0.5
-    assert share_that_holds(torch.tensor([[[10.0, 0.0], [0.0, 0.0]]]), 0.9) == 0.25
+def test_smallest_share():
+    assert smallest_share(torch.tensor([[[4.0, 3.0], [2.0, 1.0]]]), 0.5) == 0.5
+    assert smallest_share(torch.tensor([[[10.0, 0.0], [0.0, 0.0]]]), 0.9) == 0.25
 
 
 def test_costs(tmp_path):
@@ -164,17 +164,17 @@ def test_costs(tmp_path):
     assert row.macs == etmamba_timm.models.count_cost(model).total_macs * 12
     plot_cost([*rows, CostRow("ours", 8_000_000, 10**11, 50.0, MEASURED)], tmp_path / "c.png")
     assert (tmp_path / "c.png").read_bytes().startswith(PNG)
-    with pytest.raises(ValueError, match="the manifest has no top-1 on 'UCF'; it has some on Breakfast"):
+    with pytest.raises(ValueError, match="the manifest has no top-1 on 'UCF'; choose one of Breakfast"):
         manifest_rows("UCF")
-    with pytest.raises(ValueError, match="must say whose figure it is"):
+    with pytest.raises(ValueError, match="must have a source"):
         plot_cost([CostRow("x", 1, 1, 50.0, " ")], tmp_path / "x.png")
 
 
-def test_figures_go_where_they_can(tmp_path):
+def test_plots_go_where_they_can(tmp_path):
     scores = scores_of([0, 1], [0, 1], 2)
-    with pytest.raises(ValueError, match="figures are written as .png, .pdf or .svg"):
+    with pytest.raises(ValueError, match="plots are written as .png, .pdf or .svg"):
         plot_confusion(scores, tmp_path / "c.jpg")
-    with pytest.raises(ValueError, match="no such folder; make it first"):
+    with pytest.raises(ValueError, match="no such folder; create it first"):
         plot_confusion(scores, tmp_path / "no" / "c.png")
     for suffix in ("pdf", "svg"):
         plot_confusion(scores, tmp_path / f"c.{suffix}")
@@ -203,7 +203,7 @@ def test_the_commands(model, data, tmp_path, capsys):
         assert main(["analyze", name, *arguments, "-o", str(tmp_path / f"{name}.png")]) == 0
         assert (tmp_path / f"{name}.png").read_bytes().startswith(PNG)
     told = capsys.readouterr().out
-    assert " taken for " in told
+    assert " predicted as " in told
     assert "of the pixels of 4 frames" in told
     save_file({"x": torch.zeros(1)}, tmp_path / "no.safetensors")
     assert main(["analyze", "confusion", str(tmp_path / "no.safetensors"), "-o", str(tmp_path / "x.png")]) == 2

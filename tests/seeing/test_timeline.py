@@ -138,7 +138,7 @@ def test_short_videos(tmp_path):
 
 
 def test_clips_that_span_whole_videos_need_a_length(video):
-    with pytest.raises(ValueError, match="give clip_seconds the length of the videos it was trained on"):
+    with pytest.raises(ValueError, match="set clip_seconds to the length of the videos it was trained on"):
         timeline(ByColour(stride="spread"), video)
     assert [s.label for s in timeline(ByColour(None), video, clip_seconds=1).segments()][:2] == ["red", "blue"]
 
@@ -178,13 +178,13 @@ def test_segments_are_written(tmp_path):
     assert [(row["start"], row["end"], row["label"]) for row in rows] == [("0", "1.235", "a, b"), ("1.235", "2", "ü")]
     assert json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))[1]["label"] == "ü"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s.csv", "s.json"]
-    with pytest.raises(ValueError, match="give a name that ends so"):
+    with pytest.raises(ValueError, match="change the suffix"):
         write_segments(segments, tmp_path / "s.txt")
     with pytest.raises(ValueError, match="no such folder"):
         write_segments(segments, tmp_path / "no" / "s.csv")
 
 
-def test_figure(video, tmp_path):
+def test_plot(video, tmp_path):
     plot_timeline(timeline(ByColour(), video), tmp_path / "t.png")
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
 
@@ -202,4 +202,4 @@ def test_the_command(video, tmp_path, capsys):
     assert main(["timeline", str(video), "--model", "videomamba_ti_stfp", "-o", "x.png"]) == 2
     assert "no trained weights" in capsys.readouterr().err
     assert main(["timeline", str(video), *options, "-o", "t.bmp"]) == 2
-    assert "figures are written as .png, .pdf or .svg" in capsys.readouterr().err
+    assert "plots are written as .png, .pdf or .svg" in capsys.readouterr().err

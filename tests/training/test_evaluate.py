@@ -81,12 +81,12 @@ def test_all_figures_take_the_same_of_equally_likely_classes(classes):
     assert [scores.topk(k) for k in range(1, classes + 1)] == [k / classes for k in range(1, classes + 1)]
 
 
-def test_figures():
+def test_metrics():
     probabilities = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.4, 0.1], [0.1, 0.2, 0.7], [0.9, 0.0, 0.1]])
     scores = Scores(probabilities, torch.tensor([0, 1, 1, 0]), torch.arange(4), 1, 2, ["a", "b", "c"])
     assert scores.per_class() == [1.0, 0.0, None]
     assert [scores.topk(k) for k in (1, 2, 3, 9)] == [0.5, 1.0, 1.0, 1.0]
-    assert scores.figures() == {
+    assert scores.metrics() == {
         "top1": 0.5,
         "top5": 1.0,
         "mean_class": 0.5,
@@ -104,7 +104,7 @@ def test_saved_scores_come_back(tmp_path):
     (tmp_path / "other").unlink()
     read = Scores.load(tmp_path / "s.safetensors")
     assert torch.equal(read.probabilities, scores.probabilities)
-    assert (read.classes, read.failed, read.figures()) == (scores.classes, 1, scores.figures())
+    assert (read.classes, read.failed, read.metrics()) == (scores.classes, 1, scores.metrics())
     assert [path.name for path in tmp_path.iterdir()] == ["s.safetensors"]
     (tmp_path / "x").write_bytes(b"no")
     with pytest.raises(ValueError, match="holds no scores; `etmamba eval --scores` writes them"):
@@ -172,7 +172,7 @@ def test_several_processes_tell_the_same(folder, data, tmp_path):
     [
         (["--subset", "dev"], "no subset 'dev'"),
         (["--subset", "test"], "has no folder 'test'"),
-        (["--scores", "nowhere/s"], "nowhere: no such folder; make it first"),
+        (["--scores", "nowhere/s"], "nowhere: no such folder; create it first"),
         (["--dataset", "ucf"], "no layout 'ucf'"),
     ],
 )

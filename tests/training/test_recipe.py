@@ -64,31 +64,31 @@ def test_files_and_overrides(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"epoch": 3}, "unknown settings epoch; there are dataset, split, model"),
+        ({"epoch": 3}, "unknown settings epoch; known are dataset, split, model"),
         ({"epochs": 2.5}, "epochs is 2.5; it must be int"),
         ({"epochs": 0}, "epochs is 0; it must be 1 or more"),
         ({"lr": "fast"}, "lr is 'fast'; it must be float"),
         ({"lr": float("nan")}, "lr is nan; it must be 0 or more"),
         ({"pretrained": 1}, "pretrained is 1; it must be bool"),
         ({"betas": [0.9]}, r"betas is \[0.9\]; it must be tuple"),
-        ({"drop_path": 2}, "drop_path is 2.0; it must be within 0 and 1"),
-        ({"epochs": 3, "warmup_epochs": 3}, "warmup_epochs is 3 of 3 epochs"),
-        ({"accumulate": 5}, "batch_size 64 can't be cut into 5 equal parts"),
-        ({"mixup": 0.8, "batch_size": 3}, "mixup pairs clips; 3 at a time is odd"),
-        ({"num_crops": 2}, "num_crops is 2; it is 1 or 3"),
-        ({"layer_decay": 0}, "it is 1 for none"),
+        ({"drop_path": 2}, "drop_path is 2.0; it must be between 0 and 1"),
+        ({"epochs": 3, "warmup_epochs": 3}, "warmup_epochs is 3 and epochs 3; warmup_epochs must be smaller"),
+        ({"accumulate": 5}, "batch_size is 64; it must be a multiple of accumulate, 5"),
+        ({"mixup": 0.8, "batch_size": 3}, "mixup needs an even number of clips; batch_size / accumulate is 3"),
+        ({"num_crops": 2}, "num_crops is 2; it must be 1 or 3"),
+        ({"layer_decay": 0}, "set it to 1 for no decay"),
         ({"label_smoothing": 1}, "it must be below 1"),
         ({"mixup": -0.8}, "mixup is -0.8; it must be 0 or more"),
         ({"precision": "fp8"}, "choose one of no, bf16, fp16"),
-        ({"stride": 0}, "stride is 0; it must be the frames from one to the next .* or 'spread'"),
-        ({"stride": "wide"}, "stride is 'wide'; it must be the frames"),
+        ({"stride": 0}, "stride is 0; it must be the number of frames from one to the next .* or 'spread'"),
+        ({"stride": "wide"}, "stride is 'wide'; it must be the number of frames"),
         ({"stride": True}, "stride is True; it must be int | str"),
         ({"num_frames": 0}, "num_frames is 0; it must be a whole number, 1 or more"),
-        ({"size": 0}, "size is 0; it must be 1 or more pixels"),
+        ({"size": 0}, "size is 0; it must be at least 1 pixel"),
         ({"size": [256]}, r"size is \[256\]; it must be int"),
         ({"size": [256, 320.5]}, r"size is \[256, 320.5\]; it must be int"),
-        ({"model_args": {"img_size": 64}}, r"model_args holds what the recipe sets elsewhere: img_size \(set size\)"),
-        ({"model_args": {"num_classes": 3}}, "num_classes \\(set nothing: the dataset's classes decide"),
+        ({"model_args": {"img_size": 64}}, r"model_args can't contain img_size \(set size\)"),
+        ({"model_args": {"num_classes": 3}}, r"model_args can't contain num_classes \(the dataset decides it\)"),
     ],
 )
 def test_settings_that_cannot_be(settings, said):
@@ -108,14 +108,16 @@ def test_rectangular_sizes(tmp_path):
 
 
 def test_files_that_cannot_be(tmp_path):
-    with pytest.raises(RecipeError, match="it is no file, and none of breakfast, hmdb51, k400, ssv2"):
+    with pytest.raises(
+        RecipeError, match="unknown recipe 'ucf101'; give a YAML file, or one of breakfast, hmdb51, k400, ssv2"
+    ):
         load_recipe("ucf101")
     file = tmp_path / "x.yaml"
-    for text, said in (("a: [", "is no YAML"), ("- 1\n", "holds a list; wanted lines `setting: value`")):
+    for text, said in (("a: [", "isn't valid YAML"), ("- 1\n", "contains a list; write lines `setting: value`")):
         file.write_text(text)
         with pytest.raises(RecipeError, match=said):
             load_recipe(file)
-    with pytest.raises(RecipeError, match="'lr' is no setting; write it as name=value"):
+    with pytest.raises(RecipeError, match="'lr' isn't a setting; write name=value"):
         parse_overrides(["lr"])
-    with pytest.raises(RecipeError, match="is no YAML value"):
+    with pytest.raises(RecipeError, match="isn't valid YAML"):
         parse_overrides(["lr=["])

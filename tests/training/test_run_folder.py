@@ -37,8 +37,8 @@ def test_a_start_that_failed_is_replaced(left, tmp_path):
 
 def test_a_folder_of_other_things_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(RunError, match="holds no run"):
+    with pytest.raises(RunError, match="contains no run"):
         RunFolder(tmp_path).open(RUN, "recipe")
-    with pytest.raises(RunError, match="holds no run"):
+    with pytest.raises(RunError, match="contains no run"):
         RunFolder(tmp_path / "thesis.tex").open(RUN, "recipe")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]

@@ -153,7 +153,7 @@ def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(done, recipe, data, 
     assert kills >= 3
     last = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert last.returncode == 0, last.stderr
-    assert "goes on after" in last.stderr
+    assert "resuming after" in last.stderr
     for name in ("best.safetensors", "last.safetensors", "scores.safetensors", "model/model.safetensors"):
         assert (run / name).read_bytes() == (done / name).read_bytes(), name
     for name in ("train.csv", "val.csv"):
@@ -179,10 +179,12 @@ def test_a_full_disk_loses_nothing(done, recipe, data, tmp_path):
 
 def test_other_settings_are_another_run(done, recipe, data, tmp_path, capsys):
     assert main(arguments(recipe, data, done, *ALL, "lr=1")) == 2
-    assert "holds a run with other settings (lr: 0.03 there, 1.0 now); name another folder" in capsys.readouterr().err
+    assert (
+        "contains a run with other settings (lr: 0.03 there, 1.0 now); choose another folder" in capsys.readouterr().err
+    )
     (tmp_path / "x").write_text("")
     assert main(arguments(recipe, data, tmp_path)) == 2
-    assert "is there already and holds no run" in capsys.readouterr().err
+    assert "exists and contains no run" in capsys.readouterr().err
 
 
 def test_two_processes_learn_as_one_does(recipe, data, tmp_path):
@@ -232,14 +234,14 @@ def test_gradients_that_explode_stop_it(recipe, data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (("batch_size=64",), "44 videos make no batch of 64 in each of 1 processes; lower batch_size"),
+        (("batch_size=64",), "44 videos are too few for a batch of 64 in each of 1 processes; lower batch_size"),
         (("checkpoint=nowhere.pth",), "nowhere.pth: no such checkpoint"),
         (("dataset=kinetics",), "holds no train.csv"),
         (("epoch=1",), "unknown settings epoch"),
         (("opt=adamx",), "opt 'adamx' with opt_args {}: "),
         (
             ("model_args={num_frames: 4}",),
-            "model_args holds what the recipe sets elsewhere: num_frames (set num_fr",
+            "model_args can't contain num_frames (set num_frames)",
         ),
         (("model_args={widht: 4}",), "model 'etmamba_ti' with model_args {'widht': 4}: "),
         (("opt=muon", "opt_args={momentun: 0.9}"), "opt 'muon' with opt_args {'momentun': 0.9}: "),

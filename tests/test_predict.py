@@ -206,7 +206,7 @@ class TestLoadModel:
         with pytest.raises(ValueError, match="unknown model 'test_vit'"):
             load_model("test_vit", allow_untrained=True)
         timm.models.save_for_hf(timm.create_model("test_vit"), tmp_path, safe_serialization=True)
-        with pytest.raises(ValueError, match="config.json: architecture 'test_vit' is unknown; choose one of"):
+        with pytest.raises(ValueError, match="config.json: architecture is 'test_vit'; it must be one of"):
             load_model(f"local-dir:{tmp_path}")
 
     def test_local_folder_in_the_hubs_layout(self, tmp_path, video):

@@ -3,7 +3,7 @@
 import inspect
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,77 @@ from .errors import CheckpointError
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 # Constructor arguments that say nothing about the weights.
 RUNTIME_ARGS = ("device", "dtype", "drop_rate", "drop_path_rate")
+DATA_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct")
 # Keys that may be null; timm writes some of them so.
-_NULLABLE = ("clip", "card", "label_names", "license", "licence", "source", "notes", "recipe", "figures", "views")
-_NULLABLE += ("first_conv", "classifier")
-_INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
-_MODEL_ARGS = inspect.signature(EtMamba).parameters.keys() - {"device", "dtype"}
+NULLABLE = {"clip", "card", "label_names", "license", "licence", "source", "notes", "recipe", "figures", "views"}
+NULLABLE |= {"first_conv", "classifier"}
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _all(fits: Callable[[Any], bool], *lengths: int) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, list) and (not lengths or len(v) in lengths) and all(map(fits, v))
+
+
+def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
+    return lambda v: _text(v) and v in choices, f"one of {', '.join(map(repr, choices))}"
+
+
+_TEXT, _OBJECT, _COUNT = (_text, "text"), (_object, "an object"), (_count, "a whole number, 0 or more")
+_SIDE: Callable[[Any], bool] = lambda v: _count(v) and v > 0  # noqa: E731
+_RATE = (lambda v: _number(v) and 0 <= v <= 1, "within 0 and 1")
+_BOOL = (lambda v: isinstance(v, bool), "true or false")
+_SIZE = (lambda v: _SIDE(v) or _all(_SIDE, 2)(v), "a whole number of pixels, or [height, width]")
+_ROOT = {
+    "architecture": _one_of(*VARIANTS),
+    "pretrained_cfg": _OBJECT,
+    "model_args": _OBJECT,
+    "num_classes": _COUNT,
+    "label_names": (_all(_text), "a list of names"),
+    "clip": _OBJECT,
+    "card": _OBJECT,
+}
+_CFG = {
+    "input_size": (_all(_SIDE, 3), "[channels, height, width]"),
+    "mean": (lambda v: v and _all(_number)(v), "a list of numbers"),
+    "std": (lambda v: v and _all(lambda x: _number(x) and x > 0)(v), "a list of numbers above 0"),
+    "interpolation": _one_of("bilinear", "bicubic", "nearest"),
+    "crop_pct": (lambda v: _number(v) and 0 < v <= 1, "above 0 and at most 1"),
+    "num_classes": _COUNT,
+    "fixed_input_size": _BOOL,
+    **dict.fromkeys(("license", "first_conv", "classifier"), _TEXT),
+}
+_ARGS = {
+    **dict.fromkeys(inspect.signature(EtMamba).parameters, _COUNT),
+    **dict.fromkeys(("drop_rate", "drop_path_rate"), _RATE),
+    **dict.fromkeys(("stem", "block"), _TEXT),
+    "global_pool": _one_of(*POOLS),
+    "img_size": _SIZE,
+    "folded": _BOOL,
+}
+_CARD = {
+    **dict.fromkeys(("licence", "source", "notes"), _TEXT),
+    "recipe": (lambda v: _text(v) or _object(v), "text or an object"),
+    "figures": (_all(_object), "a list of objects"),
+}
+_VIEWS = (
+    lambda v: _object(v) and all(_SIDE(v.get(k)) for k in ("frames", "crops", "clips")),
+    "frames, crops and clips",
+)
 
 
 @dataclass(frozen=True)
@@ -70,126 +136,44 @@ def read_config(folder: str | Path) -> HubConfig | None:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} can't be read as JSON ({error}); download it again, or convert anew") from error
-    return parse_config(raw, path)
-
-
-def parse_config(raw: Any, path: Path) -> HubConfig:
-    """`read_config` for what is already parsed; `path` is for messages."""
-
-    def get(block: Mapping, key: str, where: str, fits: Callable[[Any], bool], wanted: str, default: Any = None) -> Any:
-        value = block.get(key)
-        if value is None and (key not in block or key in _NULLABLE):
-            return default
-        if value is None or not fits(value):
-            raise CheckpointError(f"{path}: {where}{key} is {value!r:.80}; it must be {wanted}")
-        return value
-
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} holds a {type(raw).__name__}; it must be an object with the key 'architecture'")
-    architecture = get(raw, "architecture", "", _is_text, "a model's name")
-    if architecture is None:
-        raise CheckpointError(f"{path} has no key 'architecture'; it names the model, such as 'etmamba_ti'")
-    if architecture not in VARIANTS:
-        raise CheckpointError(
-            f"{path}: architecture {architecture!r:.80} is unknown; choose one of {', '.join(VARIANTS)}"
-        )
-    cfg = get(raw, "pretrained_cfg", "", _is_object, "an object")
-    if cfg is None:
-        raise CheckpointError(f"{path} has no key 'pretrained_cfg'; timm reads the picture's size and mean from it")
-    if unknown := sorted(cfg.keys() - {field.name for field in fields(PretrainedCfg)}):
-        raise CheckpointError(f"{path}: pretrained_cfg has the unknown key {unknown[0]!r:.80}")
-    where = "pretrained_cfg."
-    data_cfg = {
-        "input_size": get(
-            cfg, "input_size", where, lambda v: _is_list(v, _is_positive, 3), "[channels, height, width]"
-        ),
-        "mean": get(cfg, "mean", where, lambda v: v and _is_list(v, _is_number), "a list of numbers"),
-        "std": get(cfg, "std", where, lambda v: v and _is_list(v, _is_above_0), "a list of numbers above 0"),
-        "interpolation": get(
-            cfg, "interpolation", where, lambda v: _is_text(v) and v in _INTERPOLATIONS, " or ".join(_INTERPOLATIONS)
-        ),
-        "crop_pct": get(cfg, "crop_pct", where, lambda v: _is_above_0(v) and v <= 1, "above 0 and at most 1"),
-    }
-    get(cfg, "num_classes", where, _is_count, "a whole number")
-    for key in ("license", "first_conv", "classifier"):
-        get(cfg, key, where, _is_text, "text")
-    get(cfg, "fixed_input_size", where, lambda v: isinstance(v, bool), "true or false")
-    model_args = get(raw, "model_args", "", _is_object, "an object", {})
-    if unknown := sorted(model_args.keys() - _MODEL_ARGS):
-        raise CheckpointError(f"{path}: model_args has the unknown key {unknown[0]!r:.80}")
-    for key in model_args:
-        if key == "global_pool":
-            get(model_args, key, "model_args.", lambda v: _is_text(v) and v in POOLS, " or ".join(map(repr, POOLS)))
-        elif key in ("stem", "block"):
-            get(model_args, key, "model_args.", _is_text, "text")
-        elif key == "folded":
-            get(model_args, key, "model_args.", lambda v: isinstance(v, bool), "true or false")
-        elif key in RUNTIME_ARGS:
-            get(model_args, key, "model_args.", lambda v: _is_number(v) and 0 <= v <= 1, "within 0 and 1")
-        elif key == "img_size":
-            get(model_args, key, "model_args.", _is_size, "a whole number of pixels, or [height, width]")
-        else:
-            get(model_args, key, "model_args.", _is_count, "a whole number")
-    names = get(raw, "label_names", "", lambda v: _is_list(v, _is_text), "a list of names", [])
-    card = get(raw, "card", "", _is_object, "an object", {})
-    for key in ("licence", "source", "notes"):
-        get(card, key, "card.", _is_text, "text")
-    get(card, "recipe", "card.", lambda v: _is_text(v) or _is_object(v), "text or an object")
-    for figure in get(card, "figures", "card.", lambda v: _is_list(v, _is_object), "a list of objects", []):
-        get(figure, "views", "card.figures.", _is_views, "an object with the numbers frames, crops and clips")
-    clip = get(raw, "clip", "", _is_object, "an object")
+    if missing := [key for key in ("architecture", "pretrained_cfg") if key not in raw]:
+        raise CheckpointError(f"{path} has no key {missing[0]!r}; `etmamba convert` writes one that has")
+    _check(raw, _ROOT, f"{path}: ")
+    cfg, model_args, card = raw["pretrained_cfg"], raw.get("model_args", {}), raw.get("card") or {}
+    for block, checks, known, where in (
+        (cfg, _CFG, {field.name for field in fields(PretrainedCfg)}, "pretrained_cfg"),
+        (model_args, _ARGS, _ARGS.keys() - {"device", "dtype"}, "model_args"),
+        (card, _CARD, card.keys(), "card"),
+    ):
+        if unknown := sorted(block.keys() - known):
+            raise CheckpointError(f"{path}: {where} has the unknown key {unknown[0]!r:.80}")
+        _check(block, checks, f"{path}: {where}.")
+    for figure in card.get("figures") or []:
+        _check(figure, {"views": _VIEWS}, f"{path}: card.figures.")
     try:
-        clip = None if clip is None else Clip.from_config(clip)
+        clip = Clip.from_config(raw["clip"]) if raw.get("clip") is not None else None
     except ValueError as error:
         raise CheckpointError(f"{path}: clip: {error}") from None
     return HubConfig(
         path,
-        architecture,
-        get(raw, "num_classes", "", _is_count, "a whole number", cfg.get("num_classes") or 0),
+        raw["architecture"],
+        raw.get("num_classes", cfg.get("num_classes", 0)),
         model_args,
-        {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in data_cfg.items()
-            if value is not None
-        },
+        {key: tuple(cfg[key]) if isinstance(cfg[key], list) else cfg[key] for key in DATA_KEYS if key in cfg},
         clip,
-        tuple(names),
+        tuple(raw.get("label_names") or ()),
         card,
         raw,
     )
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_object(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_above_0(value: Any) -> bool:
-    return _is_number(value) and value > 0
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_positive(value: Any) -> bool:
-    return _is_count(value) and value > 0
-
-
-def _is_size(value: Any) -> bool:
-    return _is_positive(value) or _is_list(value, _is_positive, 2)
-
-
-def _is_views(value: Any) -> bool:
-    return _is_object(value) and all(_is_positive(value.get(key)) for key in ("frames", "crops", "clips"))
-
-
-def _is_list(value: Any, fits: Callable[[Any], bool], *lengths: int) -> bool:
-    return isinstance(value, list) and (not lengths or len(value) in lengths) and all(map(fits, value))
+def _check(block: dict, checks: dict, where: str) -> None:
+    """Raises CheckpointError for a value that doesn't pass its check: (function, what is wanted) by key."""
+    for key, (fits, wanted) in checks.items():
+        value = block.get(key)
+        if key not in block or (value is None and key in NULLABLE):
+            continue
+        if not fits(value):
+            raise CheckpointError(f"{where}{key} is {value!r:.80}; it must be {wanted}")

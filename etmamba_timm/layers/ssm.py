@@ -28,7 +28,8 @@ def conv_silu(x: Tensor, conv: nn.Module | None, d_conv: int, reverse: bool = Fa
     if weights := plain_conv(conv, nn.Conv1d, (x.shape[-1], 1, d_conv)):
         return short_conv(x, *weights, reverse)
     if x.ndim == 4:
-        forward, backward = _called_conv(torch.cat([x[0], x[1].flip(1)]), conv, d_conv).chunk(2)
+        both = _called_conv(torch.cat([x[0], x[1].flip(1)]), conv, d_conv)  # [2B, N, E]
+        forward, backward = both.unflatten(0, (2, -1))
         return torch.stack([forward, backward.flip(1)])
     return _called_conv(x.flip(1), conv, d_conv).flip(1) if reverse else _called_conv(x, conv, d_conv)
 

@@ -48,13 +48,10 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def _any_global_hook() -> bool:
     """Whether hooks are registered for all modules, by other code than PyTorch's own."""
-    return any(
-        not (getattr(hook, "__module__", None) or "").startswith("torch.")
-        for hooks in (
-            _globals._global_forward_hooks,
-            _globals._global_forward_pre_hooks,
-            _globals._global_backward_hooks,
-            _globals._global_backward_pre_hooks,
-        )
-        for hook in hooks.values()
+    hooks = (
+        *_globals._global_forward_hooks.values(),
+        *_globals._global_forward_pre_hooks.values(),
+        *_globals._global_backward_hooks.values(),
+        *_globals._global_backward_pre_hooks.values(),
     )
+    return bool(hooks) and not all((getattr(h, "__module__", None) or "").startswith("torch.") for h in hooks)

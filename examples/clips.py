@@ -13,21 +13,25 @@ from etmamba_timm.data import Clip, EvalTransform, TrainClips, read_folders
 DIRECTIONS = {"down": (0, 1), "left": (-1, 0), "right": (1, 0), "up": (0, -1)}
 
 
-def arguments() -> argparse.Namespace:
+def arguments(lr: float = 0.001, can_freeze: bool = True) -> argparse.Namespace:
+    """The command line's; `lr` is the default learning rate, and `can_freeze` says whether there is `--freeze`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path, help="FOLDER/<class>/*.mp4; by default a few generated videos")
     parser.add_argument("--model", default="etmamba_ti", help="what timm.create_model takes")
     parser.add_argument("--pretrained", action="store_true", help="start from that model's weights")
     parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="e.g. depth=4 embed_dim=96")
-    parser.add_argument("--freeze", action="store_true", help="train the classifier alone")
+    if can_freeze:
+        parser.add_argument("--freeze", action="store_true", help="train the classifier alone")
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--lr", type=float, help="by default 0.001, and 0.03 for the classifier alone")
+    parser.add_argument(
+        "--lr", type=float, help=f"by default {lr}" + ", and 0.03 for the classifier alone" * can_freeze
+    )
     parser.add_argument("--output", type=Path, help="a new folder for the trained model")
     args = parser.parse_args()
-    args.lr = args.lr or (0.03 if args.freeze else 0.001)
+    args.lr = args.lr or (0.03 if can_freeze and args.freeze else lr)
     if not args.pretrained:
         args.model_kwargs.setdefault("global_pool", "avg")  # from scratch, a model learns more from few videos this way
     return args

@@ -17,37 +17,54 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 NEEDS = {"pytorch_loop": "torch", "transformers_trainer": "transformers", "lightning_module": "lightning"}
 TINY = {"depth": 2, "embed_dim": 96}
 FRAMES, SIZE, EPOCHS = 6, 32, 25
+HEAD = {"head.weight", "head.bias"}
+LINEAR = tuple(
+    f"{layer}.weight" for layer in ("in_proj", "pw", "x_proj", "dt_proj", "out_proj", "local.proj", "fusion")
+)
 
 
 @pytest.mark.parametrize("name", NEEDS)
 def test_example_learns(tmp_path, name):
-    if importlib.util.find_spec(NEEDS[name]) is None:
-        pytest.skip(f"needs the package {NEEDS[name]}")
+    runs = {out: start(name, tmp_path, out, *more) for out, more in (("all", []), ("head", ["--freeze"]))}
+    for out, run in runs.items():  # side by side
+        changed, before = learned(run, tmp_path / out)
+        assert changed == HEAD if out == "head" else changed >= HEAD | {k for k in before if "in_proj" in k}
+
+
+def test_adapters_learn_on_every_linear_layer(tmp_path):
+    """And nothing else changes but the head; merged, the weights have the model's own names."""
+    changed, before = learned(start("peft_lora", tmp_path, "merged"), tmp_path / "merged")
+    linear = {k for k in before if k.endswith(LINEAR)}
+    assert len(linear) == 2 * len(LINEAR)
+    assert changed == HEAD | linear
+
+
+def start(name: str, folder: Path, out: str, *more: str) -> subprocess.Popen:
+    if importlib.util.find_spec((NEEDS | {"peft_lora": "peft"})[name]) is None:
+        pytest.skip(f"{name}.py needs a package that isn't installed")
     options = ["--model-kwargs", *(f"{k}={v}" for k, v in TINY.items()), "--frames", str(FRAMES), "--size", str(SIZE)]
-    options += ["--epochs", str(EPOCHS), "--output"]
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *options]
-    runs = {}
-    for out, more in (("all", []), ("head", ["--freeze"])):  # side by side
-        runs[out] = subprocess.Popen(
-            [*command, out, *more],
-            cwd=tmp_path,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    options += ["--epochs", str(EPOCHS), "--output", out, *more]
+    return subprocess.Popen(
+        [sys.executable, str(EXAMPLES / f"{name}.py"), *options],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def learned(run: subprocess.Popen, folder: Path) -> tuple[set[str], dict[str, torch.Tensor]]:
+    """Which weights changed, and those that it started from."""
+    stdout, stderr = run.communicate()
+    assert run.returncode == 0, stderr
+    losses = [float(loss) for loss in re.findall(r"^epoch \d+: loss (\S+)", stdout, re.M)]
+    assert len(losses) == EPOCHS
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    accuracy = float(re.search(r"accuracy on the training clips: (\S+)", stdout)[1])
+    assert accuracy >= 0.5  # of 4 classes
     torch.manual_seed(0)  # as the examples begin
     shape = {"num_frames": FRAMES, "img_size": SIZE, "global_pool": "avg"}
-    start = timm.create_model("etmamba_ti", num_classes=4, **shape, **TINY).state_dict()
-    head = {"head.weight", "head.bias"}
-    for out, run in runs.items():
-        stdout, stderr = run.communicate()
-        assert run.returncode == 0, stderr
-        losses = [float(loss) for loss in re.findall(r"^epoch \d+: loss (\S+)", stdout, re.M)]
-        assert len(losses) == EPOCHS
-        assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
-        accuracy = float(re.search(r"accuracy on the training clips: (\S+)", stdout)[1])
-        assert accuracy >= 0.5  # of 4 classes
-        trained = timm.create_model(f"local-dir:{tmp_path / out}", pretrained=True).state_dict()
-        changed = {k for k, v in trained.items() if not torch.equal(v, start[k])}
-        assert changed == head if out == "head" else changed >= head | {k for k in start if "in_proj" in k}
+    before = timm.create_model("etmamba_ti", num_classes=4, **shape, **TINY).state_dict()
+    after = timm.create_model(f"local-dir:{folder}", pretrained=True).state_dict()
+    return {k for k, v in after.items() if not torch.equal(v, before[k])}, before

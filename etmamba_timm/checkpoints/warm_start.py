@@ -101,7 +101,8 @@ def prune(old: BiMamba, new: Ebs, x: Tensor, x_new: Tensor) -> Ebs:
         x, x_new: the tokens [B, N, D] that `old` and `new` see, each after its own norm.
     """
     below, z = old.in_proj(x).chunk(2, dim=-1)  # each [B, N, E_v]
-    u_f, u_b = conv_silu(below, old.conv1d), conv_silu(below, old.conv1d_b, reverse=True)
+    u_f = conv_silu(below, old.conv1d, old.d_conv)
+    u_b = conv_silu(below, old.conv1d_b, old.d_conv, reverse=True)
     y_f = ssm(selective_scan, u_f, z, old.x_proj, old.dt_proj, old.A_log, old.D)
     y_b = ssm(selective_scan, u_b, z, old.x_proj_b, old.dt_proj_b, old.A_b_log, old.D_b, reverse=True)
     kept = choose_pairs(torch.cat([y_f, y_b], dim=-1), old.out_proj.weight, new.D.numel())  # [E]

@@ -25,7 +25,7 @@ class BiMamba(nn.Module):
         super().__init__()
         d_inner = expand * dim
         rank = dt_rank(dim)
-        self.depth = depth
+        self.depth, self.d_conv = depth, d_conv
         self.in_proj = nn.Linear(dim, 2 * d_inner, bias=False, **dd)  # x, z
         self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, **dd) if d_conv else None
         self.x_proj = nn.Linear(d_inner, rank + 2 * d_state, bias=False, **dd)
@@ -49,8 +49,8 @@ class BiMamba(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: normalised tokens [B, N, D] -> [B, N, D]."""
         x, z = self.in_proj(x).chunk(2, dim=-1)  # each [B, N, E]
-        u = conv_silu(x, self.conv1d)
+        u = conv_silu(x, self.conv1d, self.d_conv)
         y = ssm(selective_scan, u, z, self.x_proj, self.dt_proj, self.A_log, self.D)
-        u = conv_silu(x, self.conv1d_b, reverse=True)
+        u = conv_silu(x, self.conv1d_b, self.d_conv, reverse=True)
         y = y + ssm(selective_scan, u, z, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b, reverse=True)
         return self.out_proj(y)

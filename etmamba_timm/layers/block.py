@@ -50,6 +50,7 @@ class EbsBlock(MixerBlock):
 
     norm_layer = LayerNorm
     mixer_layer = Ebs
+    mixer: Ebs
 
     @property
     def folded(self) -> bool:
@@ -59,9 +60,23 @@ class EbsBlock(MixerBlock):
     def reparameterize(self) -> None:
         """Folds the block (see `fold_weights`), in place. timm's `reparameterize_model` calls this."""
         if not self.folded:
-            weights = fold_weights(self.state_dict())
+            weights = self._folded_weights("mixer.in_proj", "mixer.pw")
             self.mixer.pw = None
             self.load_state_dict(weights)
+
+    def _folded_weights(self, *layers: str) -> dict[str, Tensor]:
+        """The block's state dict, folded; `layers` names what the folding merges.
+
+        Raises:
+            ValueError: one of them was wrapped or replaced, so that its weight isn't what it computes with.
+        """
+        weights = self.state_dict()
+        if wrapped := [layer for layer in layers if f"{layer}.weight" not in weights]:
+            raise ValueError(
+                f"can't fold a block whose {', '.join(wrapped)} isn't a plain nn.Linear; first merge the adapter, or "
+                "make the pruning or parametrisation permanent (a quantised model can't be folded: fold, then quantise)"
+            )
+        return fold_weights(weights)
 
 
 @register_notrace_module

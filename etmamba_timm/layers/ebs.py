@@ -31,15 +31,15 @@ class Ebs(nn.Module):
             raise ValueError(f"expand·embed_dim is {expand * dim}; it must be even: half of it goes each direction")
         d_inner = expand * dim // 2
         rank = dt_rank(dim)
-        self.depth = depth
+        self.depth, self.d_conv = depth, d_conv
         self.in_proj = nn.Linear(dim, 4 * d_inner, **dd)  # Fx, Bx, Fz, Bz
-        self.pw = nn.Linear(d_inner, d_inner, **dd)
+        self.pw: nn.Linear | None = nn.Linear(d_inner, d_inner, **dd)
         self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, **dd) if d_conv else None
         self.x_proj = nn.Linear(d_inner, rank + 2 * d_state, bias=False, **dd)
         self.dt_proj = nn.Linear(rank, d_inner, **dd)
         self.A_log = new_A_log(d_inner, d_state, **dd)
         self.D = nn.Parameter(torch.ones(d_inner, **dd))
-        self.out_proj = nn.Linear(d_inner, dim, **dd)
+        self.out_proj: nn.Linear | None = nn.Linear(d_inner, dim, **dd)
 
     def init_weights(self) -> None:
         """Mamba's Δ; the output projection divided by √depth. After the linear layers' own initialisation."""
@@ -51,6 +51,6 @@ class Ebs(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: normalised tokens [B, N, D] -> [B, N, D]."""
         x, z = self.in_proj(x).unflatten(-1, (2, 2, -1)).permute(2, 3, 0, 1, 4)  # x, z; direction; B, N, E
-        u = conv_silu(x if self.pw is None else self.pw(x), self.conv1d)
+        u = conv_silu(x if self.pw is None else self.pw(x), self.conv1d, self.d_conv)
         y = ssm(bidirectional_scan, u, z, self.x_proj, self.dt_proj, self.A_log, self.D)
         return y if self.out_proj is None else self.out_proj(y)

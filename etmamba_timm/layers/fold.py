@@ -41,6 +41,9 @@ def _fold_into_fusion(out: dict[str, Tensor], prefix: str, linear: Tensor, linea
 
 
 def _product(a: Tensor, b: Tensor, add: Tensor | None = None) -> Tensor:
-    a64, b64, add64 = (t if t is None else t.to("meta" if t.is_meta else "cpu", torch.float64) for t in (a, b, add))
-    product = a64 @ b64  # on the CPU: MPS has no float64
-    return (product if add is None else product + add64).to(a)
+    product = _float64(a) @ _float64(b)
+    return (product if add is None else product + _float64(add)).to(a)
+
+
+def _float64(x: Tensor) -> Tensor:
+    return x.to("meta" if x.is_meta else "cpu", torch.float64)  # on the CPU: MPS has no float64

@@ -2,28 +2,52 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import short_conv
+from .plain import plain_conv, plain_weights
 
 
-def conv_silu(x: Tensor, conv: nn.Conv1d | None, reverse: bool = False) -> Tensor:
-    """Mamba's short convolution, then SiLU; None for the convolution leaves SiLU alone. See `short_conv` for shapes."""
-    return F.silu(x) if conv is None else short_conv(x, conv.weight, conv.bias, reverse)
+def conv_silu(x: Tensor, conv: nn.Module | None, d_conv: int, reverse: bool = False) -> Tensor:
+    """Mamba's short convolution, then SiLU; without a convolution, SiLU alone.
+
+    Args:
+        x: [B, N, E], or [2, B, N, E] for both directions, forwards and backwards, with shared weights.
+        conv: an `nn.Conv1d` of E channels without padding, or what replaced it; it is called on [B, E, N + d_conv - 1].
+        d_conv: its width.
+        reverse: whether [B, N, E] is convolved from the last step to the first.
+
+    Returns: as x.
+    """
+    if conv is None:
+        return F.silu(x)
+    if weights := plain_conv(conv, nn.Conv1d, (x.shape[-1], 1, d_conv)):
+        return short_conv(x, *weights, reverse)
+    if x.ndim == 4:
+        both = _called_conv(torch.cat([x[0], x[1].flip(1)]), conv, d_conv)  # [2B, N, E]
+        forward, backward = both.unflatten(0, (2, -1))
+        return torch.stack([forward, backward.flip(1)])
+    return _called_conv(x.flip(1), conv, d_conv).flip(1) if reverse else _called_conv(x, conv, d_conv)
+
+
+def _called_conv(x: Tensor, conv: nn.Module, d_conv: int) -> Tensor:
+    y = conv(F.pad(x.mT, (d_conv - 1, 0)))  # [B, N, E] -> [B, E, N + d_conv - 1] -> [B, E, N]
+    return F.silu(y.mT).to(x.dtype)
 
 
 def ssm(
-    scan: Callable[..., Tensor],
+    scan: Callable[..., Any],
     u: Tensor,
     z: Tensor,
-    x_proj: nn.Linear,
-    dt_proj: nn.Linear,
+    x_proj: nn.Module,
+    dt_proj: nn.Module,
     A_log: Tensor,
     D: Tensor,
-    **scan_args,
+    **scan_args: Any,
 ) -> Tensor:
     """The selective SSM: Δ, B and C are projections of its input, the scan runs, and z gates the result.
 
@@ -31,24 +55,29 @@ def ssm(
         scan: `selective_scan` or `bidirectional_scan`.
         u, z: input and gate [B, N, E], or [2, B, N, E] for both directions.
         x_proj: E -> R + 2S, the low-rank Δ, then B, then C, for state size S.
-        dt_proj: R -> E; its bias is added within the scan.
-        A_log [E, S], D [E]: kept in float32 in the scan (float64 in a float64 model), as is dt_proj's bias.
+        dt_proj: R -> E. The bias of a plain `nn.Linear` is added within the scan; any other module is called.
+        A_log [E, S], D [E]: kept in float32 in the scan (float64 in a float64 model), as is a plain dt_proj's bias.
 
     Returns: [B, N, E].
     """
     state_dtype = torch.promote_types(u.dtype, torch.float32)
-    rank, d_state = dt_proj.in_features, A_log.shape[1]
-    low_rank, b, c = x_proj(u).split([rank, d_state, d_state], dim=-1)
-    delta = F.linear(low_rank, dt_proj.weight)
+    d_state = A_log.shape[1]
+    projected = x_proj(u).to(u.dtype)  # under autocast, what a wrapper returns may differ
+    low_rank, b, c = projected.split([projected.shape[-1] - 2 * d_state, d_state, d_state], dim=-1)
+    delta_bias = None
+    if weights := plain_weights(dt_proj, nn.Linear):
+        delta, delta_bias = F.linear(low_rank, weights[0]), weights[1].to(state_dtype)
+    else:
+        delta = dt_proj(low_rank)
     y = scan(
         u.mT,  # [B, N, E] -> [B, E, N], a view
-        delta.mT,
+        delta.to(u.dtype).mT,
         -torch.exp(A_log.to(state_dtype)),
         b.mT,
         c.mT,
         D=D.to(state_dtype),
-        z=z.mT,
-        delta_bias=dt_proj.bias.to(state_dtype),
+        z=z.to(u.dtype).mT,
+        delta_bias=delta_bias,
         delta_softplus=True,
         **scan_args,
     )

@@ -1,13 +1,18 @@
 """STCM, the Spatiotemporal Collaborative Modulation block (paper 3.4): EBS beside multi-scale dilated convolutions."""
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import local_conv
 from .block import EbsBlock
-from .fold import fold_weights
 from .norm import LayerNorm
+from .plain import plain_conv
+
+SCALES = ((3, 1, 1), (5, 4, 2), (7, 9, 3))  # kernel, padding and dilation of each scale
 
 
 class LocalBranch(nn.Module):
@@ -24,25 +29,47 @@ class LocalBranch(nn.Module):
             raise ValueError(f"embed_dim is {dim}; the 'stcm' block needs a multiple of 4")
         width = dim // 4
         self.proj = nn.Linear(dim, width, **dd)
-        self.conv3 = nn.Conv2d(width, width, 3, padding=1, dilation=1, groups=width, **dd)
-        self.conv5 = nn.Conv2d(width, width, 5, padding=4, dilation=2, groups=width, **dd)
-        self.conv7 = nn.Conv2d(width, width, 7, padding=9, dilation=3, groups=width, **dd)
+        self.conv3, self.conv5, self.conv7 = (
+            nn.Conv2d(width, width, kernel, padding=padding, dilation=dilation, groups=width, **dd)
+            for kernel, padding, dilation in SCALES
+        )
         self.norm = LayerNorm(dim, **dd)
 
     def forward(self, x_norm: Tensor, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """x_norm, x: tokens [B, 1 + t·h·w, D], normalised and not, class token first -> [B, 1 + t·h·w, D]."""
-        convs = (self.conv3, self.conv5, self.conv7)
         tokens = self.proj(x_norm)
-        return self.norm(local_conv(tokens, x, [c.weight for c in convs], [c.bias for c in convs], grid))
+        channels = tokens.shape[-1]
+        convs = (self.conv3, self.conv5, self.conv7)
+        weights = [
+            plain_conv(conv, nn.Conv2d, (channels, 1, kernel, kernel), padding, dilation)
+            for conv, (kernel, padding, dilation) in zip(convs, SCALES, strict=True)
+        ]
+        plain = [pair for pair in weights if pair is not None]
+        if len(plain) == len(convs):
+            y = local_conv(tokens, x, [weight for weight, _ in plain], [bias for _, bias in plain], grid)
+        else:
+            y = _called_convs(tokens, x, convs, grid)
+        return self.norm(y)
+
+
+def _called_convs(tokens: Tensor, residual: Tensor, convs: tuple[nn.Module, ...], grid: tuple[int, int, int]) -> Tensor:
+    """`local_conv` by calls of the modules, each of which takes and returns [B·t, C, h, w]."""
+    t, h, w = grid
+    residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
+    frames = tokens[:, 1:].unflatten(1, (t, h * w)).flatten(0, 1).mT.unflatten(2, (h, w))  # [B·t, C, h, w]
+    local = F.silu(torch.cat([*(conv(frames) for conv in convs), frames], dim=1))
+    local = local.flatten(2).mT.unflatten(0, (-1, t)).flatten(1, 2)  # [B·t, 4C, h, w] -> [B, t·h·w, 4C]
+    return torch.cat([residual[:, :1], residual[:, 1:] + local], dim=1)
 
 
 @register_notrace_module
 class StcmBlock(EbsBlock):
     """`X ← X + DropPath(Fuse(concat[EBS(X̂), local(X̂, X)]))` with X̂ = LN(X): row (d). Arguments as in `MixerBlock`."""
 
-    def __init__(self, dim: int, depth: int = 1, *args, device=None, dtype=None, **kwargs) -> None:
+    def __init__(self, dim: int, depth: int = 1, *args: Any, device=None, dtype=None, **kwargs: Any) -> None:
         dd = {"device": device, "dtype": dtype}
-        super().__init__(dim, depth, *args, **kwargs, **dd)
+        kwargs |= dd
+        super().__init__(dim, depth, *args, **kwargs)
         self.depth = depth
         self.local = LocalBranch(dim, **dd)
         self.fusion = nn.Linear(2 * dim, dim, **dd)  # the formulas' Fuse; timm would call a method of that name
@@ -55,9 +82,10 @@ class StcmBlock(EbsBlock):
     def reparameterize(self) -> None:
         """Folds the block (see `fold_weights`), in place. timm's `reparameterize_model` calls this."""
         if not self.folded:
-            weights = fold_weights(self.state_dict())
+            weights = self._folded_weights("mixer.in_proj", "mixer.pw", "mixer.out_proj", "fusion")
             self.mixer.pw = self.mixer.out_proj = None
-            self.fusion = nn.Linear(*reversed(weights["fusion.weight"].shape)).to(self.fusion.weight)
+            out_features, in_features = weights["fusion.weight"].shape
+            self.fusion = nn.Linear(in_features, out_features).to(self.fusion.weight)
             self.load_state_dict(weights)
 
     def forward(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:

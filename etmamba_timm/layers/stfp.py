@@ -1,9 +1,11 @@
 """STFP, the Spatiotemporal Feature Preservation stem (paper 3.2)."""
 
+import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import conv_norm_relu
+from .plain import plain_conv, plain_weights
 
 
 class ConvNormReLU(nn.Module):
@@ -23,9 +25,17 @@ class ConvNormReLU(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x, residual: [B, C, T, H, W] -> [B, C, T, H, W], the residual added to it."""
-        layers = (self.depthwise, self.pointwise, self.norm)
-        depthwise, pointwise, norm = (None if m is None else (m.weight, m.bias) for m in layers)
-        return conv_norm_relu(x, depthwise, pointwise, norm, self.norm.eps, residual)
+        channels = x.shape[1]
+        depthwise = None
+        if self.depthwise is not None:
+            depthwise = plain_conv(self.depthwise, nn.Conv3d, (channels, 1, 3, 3, 3), padding=1)
+        pointwise = plain_conv(self.pointwise, nn.Conv3d, (channels, channels, 1, 1, 1))
+        norm = plain_weights(self.norm, nn.LayerNorm)
+        if pointwise and norm and (depthwise or self.depthwise is None):
+            return conv_norm_relu(x, depthwise, pointwise, norm, self.norm.eps, residual)
+        y = self.pointwise(x if self.depthwise is None else self.depthwise(x))
+        y = F.relu(self.norm(y.movedim(1, -1)).movedim(-1, 1)).to(x.dtype)  # the norm is over the last dimension
+        return y if residual is None else y + residual
 
 
 @register_notrace_module

@@ -1,0 +1,57 @@
+"""Which submodules a fused kernel may stand in for.
+
+Some kernels of `ops` compute in one go what several submodules would compute in turn. They read the weights, so these
+submodules' own forward never runs. That is right for a plain module and wrong for one that was wrapped, replaced, or
+given hooks: adapters, quantisation, pruning, parametrisations and hooks all act on calls. The layers therefore ask
+here for the weights of each submodule that a kernel would fuse. If one of them isn't plain, all of that group are
+called, with PyTorch's operations between them.
+"""
+
+from typing import cast
+
+from torch import Tensor, nn
+from torch.nn.modules import module as _globals
+
+Weights = tuple[Tensor, Tensor]
+
+
+def plain_weights(module: nn.Module, kind: type[nn.Module]) -> Weights | None:
+    """Weight and bias of a plain module, or None for a module that has to be called.
+
+    Plain means: of exactly the type `kind` (a parametrisation changes the type), with weight and bias, with no hooks
+    on its call, and with its class's forward. Hooks that are registered for all modules at once count as well, except
+    those of PyTorch's own trackers (of `FlopCounterMode`, say). These only watch, and what they measure should be what
+    the model runs without them.
+    """
+    if type(module) is not kind or "forward" in module.__dict__ or _has_hooks(module) or _any_global_hook():
+        return None
+    weight, bias = module.weight, module.bias
+    return None if weight is None or bias is None else (cast(Tensor, weight), cast(Tensor, bias))
+
+
+def plain_conv(
+    conv: nn.Module, kind: type[nn.Module], shape: tuple[int, ...], padding: int = 0, dilation: int = 1
+) -> Weights | None:
+    """`plain_weights` of a convolution with this shape of weight, padding with zeros, and stride 1; else None."""
+    weights = plain_weights(conv, kind)
+    if weights is None or tuple(weights[0].shape) != shape or conv.padding_mode != "zeros":
+        return None
+    wanted = ((side,) * (len(shape) - 2) for side in (1, padding, dilation))
+    return weights if (conv.stride, conv.padding, conv.dilation) == tuple(wanted) else None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _any_global_hook() -> bool:
+    """Whether hooks are registered for all modules, by other code than PyTorch's own."""
+    hooks = (
+        *_globals._global_forward_hooks.values(),
+        *_globals._global_forward_pre_hooks.values(),
+        *_globals._global_backward_hooks.values(),
+        *_globals._global_backward_pre_hooks.values(),
+    )
+    return bool(hooks) and not all((getattr(h, "__module__", None) or "").startswith("torch.") for h in hooks)

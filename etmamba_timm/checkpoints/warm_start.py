@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import BiMamba, Ebs
+from ..layers import BiMamba, BiMambaBlock, Ebs, EbsBlock, StcmBlock
 from ..layers.ssm import conv_silu, ssm
 from ..models import VARIANTS, EtMamba
 from ..ops import selective_scan
@@ -66,11 +66,13 @@ def warm_start(source: LoadedCheckpoint, model: EtMamba, clips: Tensor | None = 
         clips = noise_clips(model) if clips is None else clips
         x, grid = video._embed(clips.to(weights["patch_embed.proj.weight"]))
         for i, (old, new) in enumerate(zip(video.blocks, model.blocks, strict=True)):
+            assert isinstance(old, BiMambaBlock)
+            assert isinstance(new, EbsBlock)
             centred = F.layer_norm(x, x.shape[-1:], old.norm.weight)
             mixer = prune(old.mixer, deepcopy(new.mixer).to(x), old.norm(x), centred)
             block = {"norm.weight": old.norm.weight, "norm.bias": torch.zeros_like(old.norm.weight)}
             block |= {f"mixer.{k}": v for k, v in mixer.state_dict().items()}
-            if hasattr(new, "fusion"):
+            if isinstance(new, StcmBlock):
                 block["fusion.weight"] = torch.eye(*new.fusion.weight.shape)  # [D, 2D]
                 block["fusion.bias"] = torch.zeros(new.fusion.out_features)
             mapped |= {f"blocks.{i}.{k}": v for k, v in block.items()}
@@ -117,6 +119,7 @@ def prune(old: BiMamba, new: Ebs, x: Tensor, x_new: Tensor) -> Ebs:
     weights["x_proj.weight"] = torch.cat([old.x_proj.weight, old.x_proj_b.weight], dim=1)[:, kept]
     weights["out_proj.weight"] = old.out_proj.weight[:, channel]
     new.load_state_dict(weights)
+    assert new.out_proj is not None  # it isn't folded
     _refit(new, new.x_proj, x_new, torch.stack([old.x_proj(u_f), old.x_proj_b(u_b)]))
     _refit(new, new.out_proj, x_new, old.out_proj(y_f + y_b))
     return new

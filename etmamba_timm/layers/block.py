@@ -85,3 +85,5 @@ class BiMambaBlock(MixerBlock):
 
     norm_layer = RmsNorm
     mixer_layer = BiMamba
+    norm: RmsNorm
+    mixer: BiMamba

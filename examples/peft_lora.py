@@ -51,4 +51,4 @@ with torch.inference_mode():
     right = sum((model(b["clip"].to(device)).argmax(1).cpu() == b["label"]).sum().item() for b in loader)
 print(f"accuracy on the training clips: {right / len(data):.2f}")
 if args.output:
-    save_checkpoint(model, args.output, label_names=data.annotations.classes, clip={"stride": 1})
+    save_checkpoint(model, args.output, label_names=data.annotations.classes, stride=1)

@@ -1,5 +1,6 @@
 """Finding a model's weights in what a file holds, and naming them as this package does."""
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -8,6 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from .errors import CheckpointError
+
+_logger = logging.getLogger(__name__)
 
 PATCH = "patch_embed.proj.weight"  # every model here has it: what stands before it is a prefix
 # The top-level names of a model's state dict; VideoMamba's own names for two of them.
@@ -106,13 +109,15 @@ def _places(raw: object, path: tuple[str, ...] = ()) -> Iterator[_Place]:
 
 def _extract(place: _Place, raw: object, source: str) -> FoundWeights:
     tensors: dict[str, Tensor] = {}
-    converted, unused = set(), []
+    converted, unused, ignored = set(), [], []
     for key, value in place.inside.items():
         name = _plain(key).removeprefix(place.prefix)
         top, dot, rest = name.partition(".")
         ours = VIDEOMAMBA.get(top, top) + dot + rest
         if not (_plain(key).startswith(place.prefix) and ours.partition(".")[0] in PARTS):
             unused.append(".".join([*place.path, str(key)]))
+            if isinstance(value, Tensor):
+                ignored.append(unused[-1])
             continue
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{source} is no checkpoint: {key} is a {type(value).__name__}, not a tensor")
@@ -124,6 +129,8 @@ def _extract(place: _Place, raw: object, source: str) -> FoundWeights:
         tensors[ours] = value
         if ours != name:
             converted.add(ours)
+    if ignored:
+        _logger.warning("%s: tensors that aren't the model's are left out: %s", source, _some(ignored))
     return FoundWeights(tensors, frozenset(converted), (*_beside(raw, place.path), *unused))
 
 
@@ -150,7 +157,11 @@ def _holdings(raw: object) -> str:
     if not isinstance(raw, Mapping):
         return f"a {type(raw).__name__}"
     names = [str(key) for key in raw]
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     adapters = any("lora_" in name for name in names)
     remedy = " (LoRA adapters alone: merge them first, model.merge_and_unload(), and save that)" if adapters else ""
-    return f"{len(names)} entries, such as {', '.join(names[:MOST_NAMED])}{more}{remedy}" if names else "nothing"
+    return f"{len(names)} entries, such as {_some(names)}{remedy}" if names else "nothing"
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more

@@ -62,8 +62,10 @@ def test_averaged_weights_go_first(raw):
     found(raw)
 
 
-def test_what_lies_beside_the_model_itself():
-    assert found(WEIGHTS | {"criterion.weight": torch.ones(3)}) == ("criterion.weight",)
+def test_what_lies_beside_the_model_itself(caplog):
+    assert found(WEIGHTS | {"criterion.weight": torch.ones(3), "epoch": 3}) == ("criterion.weight", "epoch")
+    assert "w.pth: tensors that aren't the model's are left out: criterion.weight" in caplog.text
+    assert "epoch" not in caplog.text
     assert found({"n_averaged": torch.tensor(7)} | prefixed("module.")) == ("n_averaged",)
 
 

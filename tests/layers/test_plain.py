@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from parts import (
-    GRID,
     MODELS,
     PARTS,
     assert_close,

@@ -121,6 +121,7 @@ def prune(old: BiMamba, new: Ebs, x: Tensor, x_new: Tensor) -> Ebs:
     new.load_state_dict(weights)
     assert new.out_proj is not None  # it isn't folded
     _refit(new, new.x_proj, x_new, torch.stack([old.x_proj(u_f), old.x_proj_b(u_b)]))
+    assert new.out_proj is not None  # only a folded mixer has none
     _refit(new, new.out_proj, x_new, old.out_proj(y_f + y_b))
     return new
 

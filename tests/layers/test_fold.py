@@ -56,7 +56,7 @@ def test_nothing_to_fold_is_said(caplog):
     assert torch.equal(model.fold()(x), expected)
     assert "nothing to fold" in caplog.text
     assert not model.folded
-    with pytest.raises(ValueError, match="folded=True with block 'bimamba'"):
+    with pytest.raises(ValueError, match="block 'bimamba' can't be folded"):
         make("videomamba_ti", folded=True)
 
 

@@ -52,7 +52,7 @@ def _scan(inputs: ScanInputs, reverse_from: int) -> tuple[Tensor, Tensor]:
     "etmamba_timm::cpu_scan",
     mutates_args=(),
     device_types="cpu",
-    schema=f"(int reverse_from, bool keep, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
+    schema=f"(SymInt reverse_from, bool keep, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
 )
 def _forward(reverse_from: int, keep: bool, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The output [B, D, L], added up over directions; the rows' last states [G·B, D, N]; states for the backward pass.
@@ -78,7 +78,7 @@ def _(reverse_from, keep, *flat):
     "etmamba_timm::cpu_scan_backward",
     mutates_args=(),
     device_types="cpu",
-    schema=f"(Tensor dout, Tensor chunk_states, int reverse_from, {_INPUTS}) -> ({', '.join(['Tensor'] * 8)})",
+    schema=f"(Tensor dout, Tensor chunk_states, SymInt reverse_from, {_INPUTS}) -> ({', '.join(['Tensor'] * 8)})",
 )
 def _backward(dout: Tensor, chunk_states: Tensor, reverse_from: int, *flat: Any) -> tuple[Tensor, ...]:
     """The gradients of u, delta, A, B, C, D, z and delta_bias; empty for those of D, z and delta_bias not given."""

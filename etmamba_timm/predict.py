@@ -9,15 +9,17 @@ import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from timm.models import is_model_pretrained
 from torch import Tensor
 
-from .checkpoints import find_checkpoint
+from .checkpoints import find_checkpoint, read_checkpoint
 from .checkpoints.config import CONFIG_FILE, read_config
 from .checkpoints.fetch import fetch
+from .checkpoints.read import architecture_of
 from .data import EvalTransform, VideoReader, fixed_clips
 from .models import VARIANTS, EtMamba
 
@@ -51,38 +53,40 @@ def load_model(
         DownloadError: the weights can't be downloaded.
     """
     is_source = ":" in name  # hf-hub:, local-dir:
-    if not is_source and name.partition(".")[0] not in VARIANTS:
+    variant, dot, _ = name.partition(".")
+    entry = None if is_source else find_checkpoint(name)
+    if not is_source and variant not in VARIANTS:
         raise ValueError(f"unknown model {name!r}; `etmamba info` lists all models")
+    if not is_source and dot and entry is None:
+        raise ValueError(f"{name!r} has an unknown tag; `etmamba info {variant}` lists all tags")
     if checkpoint is not None:
-        model = _create(name, pretrained=True, pretrained_cfg_overlay={"file": str(checkpoint)})
-        has_classifier = model.num_classes > 0
-        if "." not in name and VARIANTS[name]["block"] == "bimamba" and model.num_frames > 1 and model.stride is None:
+        loaded = read_checkpoint(checkpoint)
+        model = _create(name, pretrained=True, pretrained_cfg_overlay={"state_dict": loaded})
+        block = architecture_of(model.state_dict())["block"]
+        starts = loaded.architecture["block"] != block
+        has_classifier = model.num_classes > 0 and not starts
+        if block == "bimamba" and model.num_frames > 1 and model.stride is None:
             _logger.warning(
                 "%s doesn't say how its clips are sampled, so frames are taken %d apart. VideoMamba's own weights need "
                 "frames spread over the video: for those, add the tag to the name (`etmamba info %s` lists them)",
                 *(checkpoint, model.clip.known().stride, name),
             )
     else:
-        entry = None if is_source else find_checkpoint(name)
-        warm_start = entry if entry is not None and entry.status == "warm start" else None
-        trained = is_source or (is_model_pretrained(name) and warm_start is None)
-        if warm_start is not None and not allow_untrained:
-            raise UntrainedError(
-                f"{name!r} is a starting point for training (weights of {warm_start.started_from}), not a classifier: "
-                "its results would be meaningless. Train it and give that checkpoint, or choose a trained model"
-            )
-        if not is_source and "." in name and entry is None:
-            raise ValueError(f"{name!r} has an unknown tag; `etmamba info {name.partition('.')[0]}` lists all tags")
-        if not trained and not allow_untrained:
+        starts = entry is not None and entry.status == "warm start"
+        trained = is_source or (is_model_pretrained(name) and not starts)
+        if not trained and not starts and not allow_untrained:
             raise UntrainedError(
                 f"{name!r} has no trained weights, so its results would be random. Give a checkpoint or a model "
                 "with weights (hf-hub:ORG/NAME, local-dir:FOLDER), or allow an untrained model"
             )
+        if starts and not allow_untrained:  # before a download
+            raise _starting_point(name)
         if not trained:
             _logger.warning("%s has no trained weights: its results are random", name)
-        load_start = warm_start is not None and "." in name  # without a tag, not worth the download
-        model = _from_source(name) if is_source else _create(name, pretrained=trained or load_start)
+        model = _create(name, pretrained=trained or bool(starts and dot))  # without a tag, not worth the download
         has_classifier = trained and model.num_classes > 0
+    if starts and not allow_untrained:
+        raise _starting_point(name)
     if need_classifier and not has_classifier and not allow_untrained:
         raise UntrainedError(f"{checkpoint or name}: no trained classifier, so classes would be random; use features")
     return model.eval()
@@ -173,19 +177,20 @@ def _over_views(
     return mean
 
 
-def _create(name: str, **arguments) -> EtMamba:
-    model = timm.create_model(name, **arguments)
-    assert isinstance(model, EtMamba)
+def _create(name: str, **kwargs: Any) -> EtMamba:
+    """`timm.create_model`. A config.json is checked first: timm fails on a damaged one without naming the key."""
+    kind, _, where = name.partition(":")
+    if kind == "hf-hub":  # download it here: timm waits half a minute for a Hub that can't be reached
+        read_config(fetch(where, CONFIG_FILE).parent)
+    elif kind == "local-dir" and read_config(where) is None:
+        raise FileNotFoundError(f"{where} contains no {CONFIG_FILE}; name a folder that `etmamba convert` made")
+    model = timm.create_model(name, **kwargs)
+    assert isinstance(model, EtMamba)  # config.json and the name were checked
     return model
 
 
-def _from_source(name: str) -> EtMamba:
-    """Creates the model of a Hub repository or a folder. Checks config.json first, for clearer errors than timm's."""
-    kind, _, where = name.partition(":")
-    if kind == "hf-hub":  # fetched here, as timm waits half a minute for a Hub that can't be reached
-        read_config(fetch(where, CONFIG_FILE).parent)
-    elif kind == "local-dir" and read_config(where) is None:
-        raise FileNotFoundError(
-            f"{where} has no {CONFIG_FILE}; give a folder written by `etmamba convert` or `etmamba train`"
-        )
-    return _create(name, pretrained=True)
+def _starting_point(name: str) -> UntrainedError:
+    return UntrainedError(
+        f"{name!r} is a starting point for training (VideoMamba's weights), not a classifier: its results would be "
+        "meaningless. Train it and give that checkpoint, or choose a trained model"
+    )

@@ -31,19 +31,20 @@ default_cfgs = generate_default_cfgs({**registered_cfgs(_cfg(), tuple(VARIANTS))
 def _create(
     variant: str, pretrained: bool, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs
 ) -> EtMamba:
-    saved = kwargs.get("pretrained_model_args") or {}  # from config.json; timm merges them into kwargs
+    saved = kwargs.pop("pretrained_model_args", None) or {}  # from config.json; timm merges them into kwargs
     requested = {k: v for k, v in kwargs.items() if k not in saved or v != saved[k]}
-    weights = find_pretrained(variant, pretrained, _cfg(), requested, pretrained_cfg, pretrained_cfg_overlay, cache_dir)
+    weights = find_pretrained(
+        variant, pretrained, _cfg(), requested, saved, pretrained_cfg, pretrained_cfg_overlay, cache_dir
+    )
 
     def build(**arguments) -> EtMamba:
         model = EtMamba(**arguments)
         weights.load_into(model)
         model.stride = weights.stride
-        known = weights.model_args | {k: v for k, v in kwargs.items() if k in arguments}
+        known = weights.model_args | {k: v for k, v in requested.items() if k in arguments}
         update_model_args(model, **{k: v for k, v in known.items() if k not in RUNTIME_ARGS})
         return model
 
-    kwargs.setdefault("pretrained_model_args", weights.model_args)
     # pretrained=False, since `build` loads the weights: timm's loader would read the file again and adapt them twice.
     return build_model_with_cfg(
         build,
@@ -53,7 +54,8 @@ def _create(
         pretrained_cfg_overlay=weights.overlay,
         feature_cfg={"out_indices": 3, "feature_cls": "getter"},
         cache_dir=cache_dir,
-        **{**VARIANTS[variant], **weights.model_args, **kwargs},
+        pretrained_model_args=weights.model_args,
+        **{**VARIANTS[variant], **weights.model_args, **requested},
     )
 
 

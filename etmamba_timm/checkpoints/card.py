@@ -18,16 +18,16 @@ def model_card(title: str, config: Mapping, params: int, dtype: str, model_id: s
         dtype: the dtype that most weights are stored in.
         model_id: the name that `timm.create_model` takes; None for a placeholder.
     """
-    card, clip = config.get("card", {}), Clip.from_config(config["clip"])
+    card, clip = config.get("card") or {}, Clip.from_config(config["clip"])
     cfg = config["pretrained_cfg"]
-    size = config.get("model_args", {}).get("img_size") or cfg["input_size"][1:]
+    size = config.get("model_args", {}).get("img_size") or cfg.get("input_size", (3, 224, 224))[1:]
     height, width = (size, size) if isinstance(size, int) else size
     licence = card.get("licence") or cfg.get("license")
     rows = {
         "Architecture": f"`{config['architecture']}` of etmamba_timm",
         "Parameters": f"{params:,}; stored in {dtype}",
         "Clip": f"{clip.num_frames} frames of {height}×{width}, {clip.spacing}",
-        "Classes": config["num_classes"] or "none: features alone",
+        "Classes": config.get("num_classes", cfg.get("num_classes")) or "none: features alone",
         "Source": card.get("source"),
         "Licence": licence or "not stated",
     }

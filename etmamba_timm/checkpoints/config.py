@@ -48,6 +48,11 @@ def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
     return lambda v: _text(v) and v in choices, f"one of {', '.join(map(repr, choices))}"
 
 
+def _figure(value: Any) -> bool:
+    """Whether a metric says what it was measured on, and whose it is."""
+    return _object(value) and all(value.get(key) not in (None, "") for key in ("dataset", "metric", "value", "whose"))
+
+
 _TEXT, _OBJECT, _COUNT = (_text, "text"), (_object, "an object"), (_count, "a whole number, 0 or more")
 _SIDE: Callable[[Any], bool] = lambda v: _count(v) and v > 0  # noqa: E731
 _RATE = (lambda v: _number(v) and 0 <= v <= 1, "within 0 and 1")
@@ -69,6 +74,7 @@ _CFG = {
     "interpolation": _one_of("bilinear", "bicubic", "nearest"),
     "crop_pct": (lambda v: _number(v) and 0 < v <= 1, "above 0 and at most 1"),
     "num_classes": _COUNT,
+    "label_names": (_all(_text), "a list of names"),
     "fixed_input_size": _BOOL,
     **dict.fromkeys(("license", "first_conv", "classifier"), _TEXT),
 }
@@ -83,7 +89,7 @@ _ARGS = {
 _CARD = {
     **dict.fromkeys(("licence", "source", "notes"), _TEXT),
     "recipe": (lambda v: _text(v) or _object(v), "text or an object"),
-    "figures": (_all(_object), "a list of objects"),
+    "figures": (_all(_figure), "a list of objects with dataset, metric, value and whose"),
 }
 _VIEWS = (
     lambda v: _object(v) and all(_SIDE(v.get(k)) for k in ("frames", "crops", "clips")),
@@ -139,7 +145,9 @@ def read_config(folder: str | Path) -> HubConfig | None:
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} holds a {type(raw).__name__}; it must be an object with the key 'architecture'")
     if missing := [key for key in ("architecture", "pretrained_cfg") if key not in raw]:
-        raise CheckpointError(f"{path} has no key {missing[0]!r}; `etmamba convert` writes one that has")
+        raise CheckpointError(
+            f"{path} has no key {missing[0]!r}; if it isn't the weights' own, move one of them elsewhere"
+        )
     _check(raw, _ROOT, f"{path}: ")
     cfg, model_args, card = raw["pretrained_cfg"], raw.get("model_args", {}), raw.get("card") or {}
     for block, checks, known, where in (
@@ -163,7 +171,7 @@ def read_config(folder: str | Path) -> HubConfig | None:
         model_args,
         {key: tuple(cfg[key]) if isinstance(cfg[key], list) else cfg[key] for key in DATA_KEYS if key in cfg},
         clip,
-        tuple(raw.get("label_names") or ()),
+        tuple(raw.get("label_names") or cfg.get("label_names") or ()),  # at the root by us, in the cfg by timm
         card,
         raw,
     )

@@ -24,6 +24,7 @@ from .warm_start import size_for, warm_start
 
 _logger = logging.getLogger(__name__)
 
+SOURCE_KEYS = ("file", "state_dict", "url", "hf_hub_id", "hf_hub_filename", "source")  # of timm's cfg
 TIMEOUT = 5  # seconds that the Hub has for its first answer
 
 
@@ -47,8 +48,8 @@ class Pretrained:
     stride: Stride
 
     def load_into(self, model: EtMamba) -> None:
-        """Loads the weights, if there are any, into a model built with `model_args`."""
-        if self.checkpoint is not None:
+        """Loads the weights, if there are any, into a model built with `model_args`; not into one on 'meta'."""
+        if self.checkpoint is not None and not model.cls_token.is_meta:
             model.load_state_dict(self._weights(self.checkpoint, model))
 
     def _weights(self, checkpoint: LoadedCheckpoint, model: EtMamba) -> dict[str, Tensor]:
@@ -66,6 +67,7 @@ def find_pretrained(
     pretrained: bool,
     base_cfg: dict,
     given: Mapping,
+    saved: Mapping,
     cfg: Any = None,
     overlay: Mapping | None = None,
     cache_dir: str | Path | None = None,
@@ -78,6 +80,7 @@ def find_pretrained(
             caller's, those of the architecture's first checkpoint.
         base_cfg: the cfg of a model without weights.
         given: constructor arguments that the caller gives.
+        saved: those of the config.json that `cfg` was made from.
         cfg: timm's `pretrained_cfg`: None, a tag, or the cfg of a config.json.
         overlay: timm's `pretrained_cfg_overlay`.
         cache_dir: of the Hub's files; None for huggingface_hub's own.
@@ -88,7 +91,7 @@ def find_pretrained(
         RuntimeError: there are no weights of that name.
     """
     overlay = dict(overlay or {})
-    has_own_source = any(overlay.get(key) for key in ("file", "state_dict", "url", "hf_hub_id", "hf_hub_filename"))
+    has_own_source = any(overlay.get(key) is not None for key in SOURCE_KEYS)
     entry = None
     if isinstance(cfg, str) and cfg:
         entry = find_checkpoint(f"{variant}.{cfg}")
@@ -99,8 +102,11 @@ def find_pretrained(
     elif not cfg:
         cfg = {**base_cfg, "architecture": variant}
     stated = asdict(cfg) if isinstance(cfg, PretrainedCfg) else cfg if isinstance(cfg, Mapping) else {}
-    source = {**base_cfg, **(entry.cfg() if entry else stated), **overlay}
+    source = {**base_cfg, **(entry.cfg() if entry else stated)}
     checkpoint, config = None, entry.config() if entry else _config_of(source, cache_dir)
+    if has_own_source:  # it takes the place of all others
+        source = {key: value for key, value in source.items() if key not in SOURCE_KEYS}
+    source |= overlay
     if pretrained:
         checkpoint = _load(variant, source, None if has_own_source else entry, cache_dir)
         config = checkpoint.config or config
@@ -110,7 +116,7 @@ def find_pretrained(
         and checkpoint is not None
         and checkpoint.architecture["block"] == "bimamba" != VARIANTS[variant]["block"]
     )
-    model_args = dict(entry.model_args(config)) if entry else {}
+    model_args = dict(entry.model_args(config)) if entry else {} if has_own_source else dict(saved)
     if is_warm_start and checkpoint is not None:
         model_args |= size_for(checkpoint, variant)
     elif checkpoint is not None:
@@ -120,8 +126,8 @@ def find_pretrained(
     overlay.pop("state_dict", None)  # it is read, and would stay in the model's cfg
     names = source.get("label_names")
     if checkpoint is not None and not is_warm_start:
+        names = overlay.get("label_names") or _label_names(checkpoint, entry, config)
         overlay["num_classes"] = checkpoint.num_classes
-        names = _label_names(checkpoint, entry, config)
     classes = given.get("num_classes", overlay.get("num_classes", source["num_classes"]))
     overlay["label_names"] = tuple(names) if names and len(names) == classes else None  # a fresh classifier has none
     stride = config.clip.stride if config and config.clip else None
@@ -166,32 +172,40 @@ class _NotThereError(DownloadError):
     pass
 
 
-def verify(path: str | Path, sha256: str | None) -> None:
-    """Raises CheckpointError if the file's SHA-256 is another than the one expected; None is not known."""
-    if sha256 is None:
-        return
+def sha256_of(path: str | Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        digest = hashlib.sha256()
         while chunk := file.read(2**20):
             digest.update(chunk)
-    if digest.hexdigest() != sha256:
+    return digest.hexdigest()
+
+
+def verify(path: str | Path, sha256: str | None) -> None:
+    """Raises CheckpointError if the file's SHA-256 is another than the one expected; None is not known."""
+    if sha256 is not None and (found := sha256_of(path)) != sha256:
         raise CheckpointError(
-            f"{path} has SHA-256 {digest.hexdigest()}, not {sha256} as the manifest says: it is damaged or was "
+            f"{path} has SHA-256 {found}, not {sha256} as the manifest says: it is damaged or was "
             "replaced; delete it and try again"
         )
 
 
 def _load(variant: str, source: Mapping, entry: Checkpoint | None, cache_dir: str | Path | None) -> LoadedCheckpoint:
     """The checkpoint that a cfg names, fetched if need be; the file of a manifest's entry is verified."""
-    from_hub = source.get("source") == "hf-hub"
-    if not from_hub and source.get("state_dict"):
+    if source.get("state_dict") is not None:
         return read_checkpoint(source["state_dict"])
-    if not from_hub and source.get("file"):
+    if source.get("file") is not None:
         path = Path(source["file"])
-    elif source.get("hf_hub_id"):
+    elif source.get("hf_hub_id") is not None:
         path = _from_hub(source, cache_dir)
-    elif source.get("url"):
-        path = Path(download_cached_file(source["url"], cache_dir=cache_dir))
+    elif source.get("url") is not None:
+        try:
+            path = Path(download_cached_file(source["url"], cache_dir=cache_dir))
+        except OSError as error:
+            raise DownloadError(
+                f"{source['url']} can't be fetched ({first_line(error)}); try again with a network, or give the file: "
+                "pretrained_cfg_overlay=dict(file=...)"
+            ) from error
     else:
         raise RuntimeError(
             f"No pretrained weights exist for {variant}. Use pretrained=False for a random start, a tag that "

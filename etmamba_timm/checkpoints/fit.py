@@ -1,5 +1,6 @@
 """A loaded checkpoint and the model it goes into: which arguments build the model, and weights made to fit it."""
 
+import inspect
 import logging
 import math
 from collections.abc import Mapping
@@ -36,9 +37,11 @@ def arguments_for(checkpoint: LoadedCheckpoint, variant: str, given: Mapping) ->
     fixed = row if checkpoint.variant != variant else {key: row[key] for key in ("stem", "block")}
     asked = {key: value for key, value in (stated | dict(given)).items() if key in found}
     _check_same(checkpoint, found | fixed | asked)
-    out = stated | found | {"num_classes": checkpoint.num_classes, "num_frames": checkpoint.clip.num_frames}
+    usual = {name: parameter.default for name, parameter in inspect.signature(EtMamba).parameters.items()} | row
+    out = stated | {key: value for key, value in found.items() if value != usual[key] or key == "in_chans"}
+    out |= {"num_classes": checkpoint.num_classes, "num_frames": checkpoint.clip.num_frames}
     if found["in_chans"] == 1:
-        out["stem"] = row["stem"]  # a single channel has none, whatever is asked for
+        out.pop("stem", None)  # a single channel has none, whatever is asked for
     if "img_size" not in given:
         height, width = _grid(checkpoint, None)
         out["img_size"] = (height * found["patch_size"], width * found["patch_size"])
@@ -132,7 +135,8 @@ def _check_same(checkpoint: LoadedCheckpoint, wanted: Mapping) -> None:
     words = ", ".join(f"{key} is {found[key]}, not {wanted[key]}" for key in differing)
     variant = nearest_variant(found)[0]
     same = variant == nearest_variant(wanted)[0]
-    remedy = f"leave out {', '.join(differing)}" if same else f"name the model {variant}"
+    values = ", ".join(f"{key}={found[key]!r}" for key in differing)
+    remedy = f"build the model with {values}" if same else f"name the model {variant}"
     if found["block"] == "bimamba" and wanted["block"] == "stcm":
         remedy += ", or name a tag that starts from it (etmamba_m.videomamba_in1k)"
     raise CheckpointError(

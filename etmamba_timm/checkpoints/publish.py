@@ -5,25 +5,24 @@ print(folder.card("me/etmamba_ti.mocap"))
 publish(folder, "me/etmamba_ti.mocap")
 """
 
-import hashlib
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import timm
+import torch
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from safetensors import safe_open
 
+from ..clip import Clip
+from ..models import EtMamba
 from .card import model_card
 from .config import CONFIG_FILE, WEIGHTS_FILE, HubConfig
 from .errors import CheckpointError, first_line
+from .fetch import sha256_of
 from .read import read_checkpoint
-
-FIGURE_KEYS = ("dataset", "metric", "value", "whose")
 
 
 class PublishError(RuntimeError):
@@ -37,6 +36,7 @@ class HubFolder:
     Attributes:
         path: the folder.
         config: the contents of config.json to publish.
+        img_size: height and width of the model's pictures, in pixels.
         params: number of the model's parameters.
         dtype: the dtype that most weights are stored in.
         sha256, size: of model.safetensors, in hexadecimal digits and bytes.
@@ -45,6 +45,7 @@ class HubFolder:
 
     path: Path
     config: Mapping
+    img_size: tuple[int, int]
     params: int
     dtype: str
     sha256: str
@@ -57,7 +58,7 @@ class HubFolder:
 
     def manifest_entry(self, repo: str) -> dict:
         """Its entry in `weights/manifest.json` once it is published."""
-        clip, card = self.config.get("clip", {}), self.config.get("card", {})
+        clip, card = Clip.from_config(self.config["clip"]), self.config["card"]
         return {
             "architecture": self.config["architecture"],
             "status": "published",
@@ -65,14 +66,14 @@ class HubFolder:
             "sha256": self.sha256,
             "size": self.size,
             "licence": card.get("licence") or self.config["pretrained_cfg"].get("license"),
-            "num_frames": clip["num_frames"],
-            "img_size": self.config["pretrained_cfg"]["input_size"][1],
+            "num_frames": clip.num_frames,
+            "img_size": self.img_size[0],
             "num_classes": self.config["num_classes"],
             "labels": CONFIG_FILE if self.config.get("label_names") else None,
-            "stride": clip.get("stride"),
+            "stride": clip.stride,
             "trained_on": None,
             "started_from": None,
-            "figures": card.get("figures", []),
+            "figures": card.get("figures") or [],
         }
 
 
@@ -84,35 +85,34 @@ def check_folder(path: str | Path, licence: str | None = None) -> HubFolder:
         licence: replaces the one in config.json, e.g. 'Apache-2.0'.
 
     Raises:
-        CheckpointError: as `read_checkpoint`; also a file that is missing, clips or a licence that aren't stated, or a
-            figure that doesn't say whose it is.
+        CheckpointError: as `read_checkpoint`; also a file that is missing, or clips or a licence that aren't stated.
     """
     path = Path(path)
     missing = [name for name in (WEIGHTS_FILE, CONFIG_FILE) if not (path / name).is_file()]
     if missing:
         raise CheckpointError(f"{path} has no {' and no '.join(missing)}; `etmamba convert` makes such a folder")
     checkpoint = read_checkpoint(path)
-    model = timm.create_model(f"local-dir:{path}", pretrained=True)
     assert checkpoint.config is not None  # the file is there
-    config = dict(checkpoint.config.raw)
-    if licence:
-        config["card"] = checkpoint.config.card | {"licence": licence}
     if problems := _problems(checkpoint.config, licence):
         raise CheckpointError(f"{checkpoint.config.path}: " + "; ".join(problems))
-    dtypes: Counter[str] = Counter()
-    with safe_open(path / WEIGHTS_FILE, "pt") as file:
-        for key in file.keys():  # noqa: SIM118
-            stored = file.get_slice(key)
-            dtypes[stored.get_dtype()] += math.prod(stored.get_shape())
-    weights = (path / WEIGHTS_FILE).read_bytes()
+    stated = checkpoint.config.raw
+    model = timm.create_model(
+        stated["architecture"], pretrained=True, pretrained_cfg_overlay={"state_dict": checkpoint}
+    )
+    assert isinstance(model, EtMamba)
+    card = checkpoint.config.card | ({"licence": licence} if licence else {})
+    dtypes: Counter[torch.dtype] = Counter()
+    for tensor in checkpoint.tensors.values():
+        dtypes[tensor.dtype] += tensor.numel()
     published = {WEIGHTS_FILE, CONFIG_FILE, "README.md"}
     return HubFolder(
         path,
-        config,
-        sum(p.numel() for p in model.parameters()),
-        {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(*dtypes.most_common(1)[0][:1], "another dtype"),
-        hashlib.sha256(weights).hexdigest(),
-        len(weights),
+        {**stated, "num_classes": checkpoint.num_classes, "card": card},
+        model.img_size,
+        sum(dtypes.values()),
+        str(dtypes.most_common(1)[0][0]).removeprefix("torch."),
+        sha256_of(path / WEIGHTS_FILE),
+        (path / WEIGHTS_FILE).stat().st_size,
         tuple(sorted(p.name for p in path.iterdir() if p.name not in published)),
     )
 
@@ -124,9 +124,6 @@ def _problems(config: HubConfig, licence: str | None) -> list[str]:
         out.append("there is no block 'clip'; it says how many frames the model takes, and how far apart")
     if not (licence or config.licence):
         out.append("no licence is stated; give one (--licence Apache-2.0)")
-    for figure in config.card.get("figures") or []:
-        if lacking := [key for key in FIGURE_KEYS if figure.get(key) in (None, "")]:
-            out.append(f"a figure doesn't tell its {' and '.join(lacking)}: {figure}")
     return out
 
 

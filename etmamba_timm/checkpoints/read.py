@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from timm.models._helpers import _torch_load
 from torch import Tensor
@@ -16,6 +17,7 @@ from .errors import CheckpointError, first_line
 from .remap import PATCH, find_weights
 
 BINARY_FILE = "pytorch_model.bin"  # timm's other name for the weights of a Hub folder
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 POSITIONS, TIMES, HEAD = "pos_embed", "temporal_pos_embedding", "head.weight"
 
 
@@ -176,6 +178,12 @@ def _describe(raw: object, source: str, config: HubConfig | None) -> LoadedCheck
         _check_complete(weights, architecture, num_classes, num_frames, folded)
     except (LookupError, TypeError, ValueError) as error:  # of shapes that no model has
         raise CheckpointError(f"{source}: {error}") from error
+    if odd := [key for key, v in weights.items() if v.layout != torch.strided or v.is_meta or v.dtype not in DTYPES]:
+        kind = "meta" if weights[odd[0]].is_meta else f"{weights[odd[0]].layout}, {weights[odd[0]].dtype}"
+        raise CheckpointError(
+            f"{source}: {len(odd)} weights can't be used, the first is {odd[0]} ({kind}); save them as dense float32, "
+            "bfloat16 or float16"
+        )
     if broken := [key for key, value in weights.items() if not value.isfinite().all()]:
         raise CheckpointError(
             f"{source} isn't finite: {len(broken)} weights hold NaN or infinity, the first is {broken[0]}; its "
@@ -213,8 +221,13 @@ def _check_complete(
     if positions < 1 or weights[PATCH].ndim != 5:
         raise CheckpointError(f"{POSITIONS} {tuple(weights[POSITIONS].shape)}, {PATCH} {tuple(weights[PATCH].shape)}")
     size = (patch, positions * patch)  # any grid of so many patches has the same shapes
-    model = EtMamba(size, num_frames, num_classes=num_classes, folded=folded, device="meta", **architecture)
-    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    one_block = architecture | {"depth": 1}  # the others have the same shapes
+    model = EtMamba(size, num_frames, num_classes=num_classes, folded=folded, device="meta", **one_block)
+    wanted = {
+        key.replace("blocks.0.", f"blocks.{i}."): tuple(value.shape)
+        for key, value in model.state_dict().items()
+        for i in range(architecture["depth"] if key.startswith("blocks.0.") else 1)
+    }
     came = {key: tuple(value.shape) for key, value in weights.items()}
     if TIMES not in came:
         del wanted[TIMES]  # an image model

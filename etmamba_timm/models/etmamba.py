@@ -148,7 +148,9 @@ class EtMamba(nn.Module):
 
     @property
     def _model_args(self) -> dict:  # timm saves these as the arguments to rebuild the model
-        return self._made_with | ({"folded": True} if self.folded else {})
+        now = {name: getattr(self, name) for name in ("img_size", "num_frames", "in_chans", "embed_dim", "global_pool")}
+        made_with = self._made_with | {name: value for name, value in now.items() if name in self._made_with}
+        return made_with | ({"folded": True} if self.folded else {})
 
     @_model_args.setter
     def _model_args(self, args: dict) -> None:

@@ -1,6 +1,7 @@
 """The same file gives the same answer, or the same error, at every door: one table."""
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 from videos import write_video
 
 import etmamba_timm  # registers the models  # noqa: F401
-from etmamba_timm.checkpoints import CheckpointError, read_checkpoint
+from etmamba_timm.checkpoints import CheckpointError, DownloadError, read_checkpoint, save_checkpoint
 from etmamba_timm.checkpoints.convert import convert_checkpoint
 from etmamba_timm.cli import main
-from etmamba_timm.predict import load_model
+from etmamba_timm.predict import UntrainedError, load_model
 from etmamba_timm.training.recipe import Recipe
 from etmamba_timm.training.train import build_model
 
@@ -169,8 +170,6 @@ def test_the_command_line_says_the_same(kind, tmp_path, capsys):
 def test_a_config_beside_the_weights_is_heeded_at_every_door(tmp_path):
     """Pooling, class names and clips are in config.json: a folder and the file in it are one checkpoint."""
     source = timm.create_model("etmamba_ti", **SMALL, global_pool="avg").eval()
-    from etmamba_timm.checkpoints import save_checkpoint
-
     save_checkpoint(source, tmp_path / "m", label_names=CLASSES, stride="spread")
     x = torch.randn(1, 3, 2, 32, 32)
     for model in (
@@ -208,3 +207,81 @@ def test_loading_changes_nothing_behind_the_callers_back(tmp_path):
     assert all(torch.equal(value, tensors[key]) for key, value in checkpoint.tensors.items())
     assert "state_dict" not in model.pretrained_cfg
     assert timm.create_model("etmamba_ti").num_classes == 400
+
+
+class TestAFileInPlaceOfAnother:
+    """The caller's file takes the place of a folder's, a repository's and a tag's: of its weights and its facts."""
+
+    def saved(self, folder: Path, **arguments) -> nn.Module:
+        model = timm.create_model("etmamba_ti", **(SMALL | arguments)).eval()
+        save_checkpoint(model, folder)
+        return model
+
+    def test_of_a_folder(self, tmp_path):
+        self.saved(tmp_path / "one")
+        other = self.saved(tmp_path / "two", global_pool="avg", img_size=64, num_frames=3, embed_dim=24, num_classes=7)
+        overlay = {"file": str(tmp_path / "two")}
+        model = timm.create_model(f"local-dir:{tmp_path / 'one'}", pretrained=True, pretrained_cfg_overlay=overlay)
+        x = torch.randn(1, 3, 3, 64, 64)
+        assert torch.equal(model.eval()(x), other(x))
+        assert torch.equal(load_model(f"local-dir:{tmp_path / 'one'}", tmp_path / "two")(x), other(x))
+        save_checkpoint(model, tmp_path / "three")
+        assert torch.equal(load_model("etmamba_ti", tmp_path / "three")(x), other(x))
+
+    @pytest.mark.parametrize("overlay", [{"file": "/nowhere/w.pth"}, {"state_dict": {}}, {"file": ""}])
+    def test_that_is_none(self, tmp_path, overlay):
+        self.saved(tmp_path / "one")
+        for name in (f"local-dir:{tmp_path / 'one'}", "etmamba_ti.mocap", "etmamba_ti"):
+            with pytest.raises((CheckpointError, FileNotFoundError)):
+                timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+
+    def test_by_an_address_that_does_not_answer(self):
+        overlay = {"url": "http://127.0.0.1:9/w.pth"}
+        with pytest.raises(DownloadError, match="http://127.0.0.1:9/w.pth can't be fetched"):
+            timm.create_model("etmamba_ti.mocap", pretrained=True, pretrained_cfg_overlay=overlay)
+
+    def test_class_names_of_the_caller(self, tmp_path):
+        self.saved(tmp_path / "one")
+        overlay = {"file": str(tmp_path / "one"), "label_names": CLASSES}
+        model = timm.create_model("etmamba_ti", pretrained=True, pretrained_cfg_overlay=overlay)
+        assert list(model.pretrained_cfg["label_names"]) == CLASSES
+        timm.models.save_for_hf(model, tmp_path / "hf", safe_serialization=True)
+        again = timm.create_model(f"local-dir:{tmp_path / 'hf'}", pretrained=True)
+        assert list(again.pretrained_cfg["label_names"]) == CLASSES
+
+
+def test_a_started_model_is_no_classifier(tmp_path):
+    """A VideoMamba by a warm start's tag: its classes would mean nothing."""
+    _, weights = weights_of("videomamba_ti")
+    save_file(weights, tmp_path / "w.safetensors")
+    with pytest.raises(UntrainedError, match="'etmamba_ti.videomamba_in1k' is a starting point"):
+        load_model("etmamba_ti.videomamba_in1k", tmp_path / "w.safetensors")
+    assert load_model("etmamba_ti.videomamba_in1k", tmp_path / "w.safetensors", allow_untrained=True).training is False
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda v: v.to(torch.int8),
+        lambda v: v.to(torch.complex64),
+        lambda v: v.to(torch.float8_e4m3fn),
+        lambda v: v.to("meta"),
+        lambda v: v.to_sparse(),
+    ],
+)
+def test_weights_that_cannot_be_computed_with(change):
+    _, weights = weights_of()
+    weights["blocks.0.fusion.weight"] = change(weights["blocks.0.fusion.weight"])
+    with pytest.raises(CheckpointError, match="1 weights can't be used, the first is blocks.0.fusion.weight"):
+        read_checkpoint(weights)
+
+
+def test_saving_again_changes_nothing(tmp_path):
+    model = timm.create_model("etmamba_ti", **SMALL, d_state=8).eval()
+    save_checkpoint(model, tmp_path / "one", label_names=CLASSES, stride=3)
+    save_checkpoint(load_model(f"local-dir:{tmp_path / 'one'}"), tmp_path / "two")
+    save_checkpoint(load_model("etmamba_ti", tmp_path / "two"), tmp_path / "three")
+    one, two, three = (json.loads((tmp_path / n / "config.json").read_text()) for n in ("one", "two", "three"))
+    assert one["model_args"] == two["model_args"] == three["model_args"]
+    assert one["clip"] == three["clip"]
+    assert one["label_names"] == three["label_names"]

@@ -22,9 +22,17 @@ CARD = {
 VALUES = (None, True, 0, -1, 1, 2, 10**12, 1.5, float("nan"), "", "text", "192", [], [1], [1, "a"], {}, {"a": 1}, [[]])
 CONFIGS, BYTES = 100, 300
 FOUND = (117, 1454, 1709, 1778, 2604, 3292)  # what longer hunts have found
+
+
+def published(folder):
+    """What `etmamba publish --dry-run` shows."""
+    checked = check_folder(folder, "MIT")
+    return checked.card("me/tiny"), checked.manifest_entry("me/tiny")
+
+
 DOORS = (
     read_checkpoint,
-    check_folder,
+    published,
     lambda folder: load_model(f"local-dir:{folder}"),
     lambda folder: load_model("etmamba_ti", folder),
 )

@@ -81,7 +81,10 @@ def test_the_entry_for_the_manifest_is_one(folder):
         (lambda c: c["clip"].update(num_frames=8), "config.json says 8 frames, but the weights have 2"),
         (lambda c: c.pop("clip"), "there is no block 'clip'"),
         (lambda c: c["card"].pop("licence"), "no licence is stated"),
-        (lambda c: c["card"].update(figures=[{**FIGURE, "whose": ""}]), "a figure doesn't tell its whose"),
+        (
+            lambda c: c["card"].update(figures=[{**FIGURE, "whose": ""}]),
+            "card.figures is .*; it must be a list of objects with dataset",
+        ),
         (lambda c: c["model_args"].update(depth=3), "model_args.depth is 3, but the weights have 2"),
         (lambda c: c["model_args"].update(num_classes=9), "model_args.num_classes is 9, but the weights have 3"),
         (lambda c: c.update(num_classes=9), "config.json says 9 classes, but the weights have 3"),

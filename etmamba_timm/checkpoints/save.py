@@ -49,7 +49,9 @@ def save_checkpoint(
     folder = Path(folder).resolve()  # of '.' too
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists already; name another folder, or remove it")
-    names = list(label_names or model.pretrained_cfg.get("label_names") or ())
+    names, known = list(label_names or ()), model.pretrained_cfg.get("label_names") or ()
+    if label_names is None and len(known) == model.num_classes:  # else they are those of a classifier that was replaced
+        names = list(known)
     if names and len(names) != model.num_classes:
         raise ValueError(f"{len(names)} label names for {model.num_classes} classes; give one for each")
     clip = Clip(model.num_frames, model.stride if stride is None else stride)

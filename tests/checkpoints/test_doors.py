@@ -285,3 +285,7 @@ def test_saving_again_changes_nothing(tmp_path):
     assert one["model_args"] == two["model_args"] == three["model_args"]
     assert one["clip"] == three["clip"]
     assert one["label_names"] == three["label_names"]
+    model = load_model(f"local-dir:{tmp_path / 'one'}")
+    model.reset_classifier(3)
+    save_checkpoint(model, tmp_path / "four")
+    assert "label_names" not in json.loads((tmp_path / "four" / "config.json").read_text())

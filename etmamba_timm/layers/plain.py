@@ -10,9 +10,21 @@ called, with PyTorch's operations between them.
 from typing import cast
 
 from torch import Tensor, nn
-from torch.nn.modules import module as _globals
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 Weights = tuple[Tensor, Tensor]
+
+_GLOBAL_HOOKS = (
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+)
 
 
 def plain_weights(module: nn.Module, kind: type[nn.Module]) -> Weights | None:
@@ -23,7 +35,15 @@ def plain_weights(module: nn.Module, kind: type[nn.Module]) -> Weights | None:
     those of PyTorch's own trackers (of `FlopCounterMode`, say). These only watch, and what they measure should be what
     the model runs without them.
     """
-    if type(module) is not kind or "forward" in module.__dict__ or _has_hooks(module) or _any_global_hook():
+    if (
+        type(module) is not kind
+        or "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or (any(_GLOBAL_HOOKS) and not all(_is_pytorchs(hook) for hooks in _GLOBAL_HOOKS for hook in hooks.values()))
+    ):
         return None
     weight, bias = module.weight, module.bias
     return None if weight is None or bias is None else (cast(Tensor, weight), cast(Tensor, bias))
@@ -34,24 +54,12 @@ def plain_conv(
 ) -> Weights | None:
     """`plain_weights` of a convolution with this shape of weight, padding with zeros, and stride 1; else None."""
     weights = plain_weights(conv, kind)
-    if weights is None or tuple(weights[0].shape) != shape or conv.padding_mode != "zeros":
+    if weights is None or weights[0].shape != shape or conv.padding_mode != "zeros":
         return None
-    wanted = ((side,) * (len(shape) - 2) for side in (1, padding, dilation))
-    return weights if (conv.stride, conv.padding, conv.dilation) == tuple(wanted) else None
+    dims = len(shape) - 2
+    as_wanted = conv.stride == (1,) * dims and conv.padding == (padding,) * dims and conv.dilation == (dilation,) * dims
+    return weights if as_wanted else None
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-def _any_global_hook() -> bool:
-    """Whether hooks are registered for all modules, by other code than PyTorch's own."""
-    hooks = (
-        *_globals._global_forward_hooks.values(),
-        *_globals._global_forward_pre_hooks.values(),
-        *_globals._global_backward_hooks.values(),
-        *_globals._global_backward_pre_hooks.values(),
-    )
-    return bool(hooks) and not all((getattr(h, "__module__", None) or "").startswith("torch.") for h in hooks)
+def _is_pytorchs(hook: object) -> bool:
+    return (getattr(hook, "__module__", None) or "").startswith("torch.")

@@ -1,4 +1,4 @@
-"""timm's own tests of a model, on one name of each block (all names: `python tests/timm_contract.py`)."""
+"""timm's own tests of a model, on one name; `.ci/run` has all of them, by `python tests/timm_contract.py`."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import timm_contract
 
 def test_timms_own_tests_pass(tmp_path):
     try:
-        done = timm_contract.run(["videomamba_ti_stfp", "etmamba_ti_ebs", "etmamba_ti"], tmp_path, quick=True)
+        done = timm_contract.run(["etmamba_ti"], tmp_path, quick=True)
     except subprocess.CalledProcessError as error:
         if os.environ.get("CI") == "true":
             raise
@@ -19,4 +19,4 @@ def test_timms_own_tests_pass(tmp_path):
     assert done.returncode == 0, done.stdout
     assert " failed" not in done.stdout
     more_tags = len(timm.list_pretrained("etmamba_ti.*")) - 1  # one of the tests is run for each tag
-    assert f"{3 * 8 + more_tags} passed" in done.stdout
+    assert f"{8 + more_tags} passed" in done.stdout

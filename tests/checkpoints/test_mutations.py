@@ -20,7 +20,7 @@ CARD = {
     "figures": [{"dataset": "d", "metric": "top-1", "value": 1.5, "views": None, "whose": "mine"}],
 }
 VALUES = (None, True, 0, -1, 1, 2, 10**12, 1.5, float("nan"), "", "text", "192", [], [1], [1, "a"], {}, {"a": 1}, [[]])
-CONFIGS, BYTES = 100, 300
+CONFIGS, BYTES = 60, 300
 FOUND = (117, 1454, 1709, 1778, 2604, 3292)  # what longer hunts have found
 
 

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from shapes import write_shapes
 
 from etmamba_timm.cli import main, parser
+from etmamba_timm.clip import Clip
+from etmamba_timm.predict import load_model
 from etmamba_timm.training.evaluate import Scores
 from etmamba_timm.training.recipe import load_recipe
 from etmamba_timm.training.train import build_model
@@ -211,6 +213,21 @@ def test_the_head_alone_is_trained(recipe, data, tmp_path):
     before = build_model(load_recipe(tmp_path / "run" / "recipe.yaml"), list("abcd")).state_dict()
     after = load_file(tmp_path / "run" / "last.safetensors")
     assert {key for key in after if not torch.equal(before[key], after[key])} == {"head.weight", "head.bias"}
+
+
+def test_pictures_that_are_no_square(recipe, data, tmp_path):
+    """A rectangular size and spread clips, from the recipe to the exported model and its evaluation."""
+    settings = (
+        "epochs=1",
+        "warmup_epochs=0",
+        "size=[24, 40]",
+        "stride=spread",
+        "model_args={embed_dim: 8, patch_size: 8}",
+    )
+    assert main(arguments(recipe, data, tmp_path / "run", *settings)) == 0
+    model = load_model(f"local-dir:{tmp_path / 'run' / 'model'}")
+    assert (model.img_size, model.clip) == ((24, 40), Clip(4, "spread"))
+    assert main(["eval", "--model", f"local-dir:{tmp_path / 'run' / 'model'}", "--data", str(data)]) == 0
 
 
 def test_it_starts_from_a_checkpoint(done, recipe, data, tmp_path):

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .flops import count_flops
-from .kernels.library import DTYPES, check_shapes, library, pointer, state_dtype, takes
+from .kernels.choice import check_shapes, state_dtype, takes
+from .kernels.load_cpu import DTYPES, library, pointer
 
 
 def conv_norm_relu(
@@ -48,7 +49,7 @@ def conv_norm_relu(
         ("residual", residual, tuple(x.shape)),
     )
     parameters = (*(depthwise or ()), *pointwise, *norm)
-    if takes(x, residual, *parameters) and (residual is None or residual.dtype == x.dtype):
+    if takes("a stage of STFP", x, residual, *parameters) and (residual is None or residual.dtype == x.dtype):
         flat = torch.cat([p.flatten() for p in parameters]).to(state_dtype(x.dtype))
         if residual is not None:
             residual = residual.contiguous()
@@ -95,7 +96,7 @@ def _run(what: int, x: Tensor, parameters: Tensor, depthwise: bool, eps: float, 
     library().etmamba_conv_norm_relu(ctypes.byref(args), DTYPES[x.dtype], what)
 
 
-@torch.library.custom_op("etmamba_timm::cpu_conv_norm_relu", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("etmamba_timm::conv_norm_relu", mutates_args=(), device_types="cpu")
 def _forward(x: Tensor, residual: Tensor | None, parameters: Tensor, depthwise: bool, eps: float) -> Tensor:
     """x and residual [B, C, T, H, W], contiguous; all parameters flattened into one vector, in the order above."""
     out = torch.empty_like(x)
@@ -108,7 +109,7 @@ def _(x, residual, parameters, depthwise, eps):
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("etmamba_timm::cpu_conv_norm_relu_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("etmamba_timm::conv_norm_relu_backward", mutates_args=(), device_types="cpu")
 def _backward(
     dout: Tensor, x: Tensor, parameters: Tensor, depthwise: bool, eps: float, needs_dx: bool
 ) -> tuple[Tensor, Tensor]:
@@ -158,4 +159,4 @@ def _flops(x: torch.Size, depthwise: bool, **others) -> int:
     return 2 * prod(x) * (x[1] + 27 * depthwise)
 
 
-count_flops("cpu_conv_norm_relu", _flops)
+count_flops("conv_norm_relu", _flops)

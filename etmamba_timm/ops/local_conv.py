@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .flops import count_flops
-from .kernels.library import DTYPES, Strided, check_shapes, library, state_dtype, strided, takes
+from .kernels.choice import check_shapes, state_dtype, takes
+from .kernels.load_cpu import DTYPES, Strided, library, strided
 
 SIDES = (3, 5, 7)  # of the kernels, dilated by 1, 2 and 3
 
@@ -43,7 +44,7 @@ def local_conv(
     )
     dtype = state_dtype(residual.dtype)
     residual = residual.to(dtype)
-    if takes(x, residual, *weights, *biases) and state_dtype(x.dtype) == dtype:
+    if takes("the local branch", x, residual, *weights, *biases) and state_dtype(x.dtype) == dtype:
         taps = torch.cat([w.flatten(1) for w in weights], 1).t().to(dtype)  # [83, C]
         return _forward(x, residual, taps.contiguous(), torch.stack(biases).to(dtype), t, h, w)
     return _plain(x, residual, weights, biases, grid)
@@ -83,7 +84,7 @@ def _tokens(x: Tensor) -> Strided:
     return strided(x.mT.unsqueeze(0))  # [B, N, C] -> [1, B, C, N]
 
 
-@torch.library.custom_op("etmamba_timm::cpu_local_conv", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("etmamba_timm::local_conv", mutates_args=(), device_types="cpu")
 def _forward(x: Tensor, residual: Tensor, taps: Tensor, biases: Tensor, t: int, h: int, w: int) -> Tensor:
     out = residual.new_empty(residual.shape)
     out[:, 0] = residual[:, 0]
@@ -98,7 +99,7 @@ def _(x, residual, taps, biases, t, h, w):
     return residual.new_empty(residual.shape)
 
 
-@torch.library.custom_op("etmamba_timm::cpu_local_conv_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("etmamba_timm::local_conv_backward", mutates_args=(), device_types="cpu")
 def _backward(
     dout: Tensor, x: Tensor, taps: Tensor, biases: Tensor, t: int, h: int, w: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,4 +135,4 @@ def _flops(x: torch.Size, taps: torch.Size, t: int, h: int, w: int, **others) ->
     return 2 * x[0] * t * h * w * prod(taps)
 
 
-count_flops("cpu_local_conv", _flops)
+count_flops("local_conv", _flops)

@@ -8,13 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .flops import count_flops
-from .kernels.library import DTYPES, Strided, check_shapes, library, state_dtype, strided, takes
+from .kernels import load_cpu, load_gpu
+from .kernels.choice import check_shapes, state_dtype, takes
+from .kernels.load_cpu import Strided, library, pointer, strided
 
 
 def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, reverse: bool = False) -> Tensor:
     """`SiLU(conv(x))`, where a step sees itself and the K - 1 steps before it (after it in reverse).
 
-    One kernel on the CPU, for any strides, with sums in float32 or float64; PyTorch's convolution elsewhere.
+    One kernel on CPUs and GPUs, for any strides, with sums in float32 or float64; PyTorch's convolution elsewhere.
 
     Args:
         x: [B, N, E]; or [2, B, N, E] for both directions, forwards and backwards, with shared weights.
@@ -31,12 +33,9 @@ def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, reverse: b
         raise ValueError(f"x is {tuple(x.shape)}; it must be [B, N, E], or [2, B, N, E] for both directions")
     width = x.shape[-1]
     check_shapes(("weight", weight, (width, 1, weight.shape[-1])), ("bias", bias, (width,)))
-    if not takes(x, weight, bias):
+    if not takes("the short convolution", x, weight, bias):
         return _plain(x, weight, bias, reverse)
-    dtype = state_dtype(x.dtype)
-    taps = weight[:, 0].t().to(dtype)  # [E, 1, K] -> [K, E]
-    bias = taps.new_zeros(x.shape[-1]) if bias is None else bias.to(dtype)
-    out = _forward(x if x.ndim == 4 else x.unsqueeze(0), taps.contiguous(), bias, reverse)
+    out = _forward(x if x.ndim == 4 else x.unsqueeze(0), weight, bias, reverse)
     return out if x.ndim == 4 else out[0]
 
 
@@ -48,51 +47,38 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Ten
     return F.silu(F.conv1d(x, weight.flip(-1) if reverse else weight, bias, groups=len(weight)).mT)
 
 
-class _Args(ctypes.Structure):  # must match kernels/cpu/short_conv.cpp
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("directions", "batch", "width", "length", "taps", "reverse", "threads")),
-        *((name, Strided) for name in ("x", "out", "dout", "dx")),
-        *((name, ctypes.c_void_p) for name in ("weight", "bias", "dweight")),
-    ]
-
-
-def _arguments(x: Tensor, taps: Tensor, bias: Tensor, reverse: bool) -> _Args:
-    directions, batch, length, width = x.shape
-    args = _Args(directions, batch, width, length, len(taps), reverse, torch.get_num_threads(), x=strided(x.mT))
-    args.weight, args.bias = taps.data_ptr(), bias.data_ptr()
-    return args
-
-
-@torch.library.custom_op("etmamba_timm::cpu_short_conv", mutates_args=(), device_types="cpu")
-def _forward(x: Tensor, taps: Tensor, bias: Tensor, reverse: bool) -> Tensor:
-    """x [G, B, N, E], taps [K, E], bias [E] -> [G, B, N, E]; the second of two directions runs backwards."""
+@torch.library.custom_op("etmamba_timm::short_conv", mutates_args=(), device_types=("cpu", "cuda"))
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
+    """x [G, B, N, E], weight [E, 1, K], bias [E] -> [G, B, N, E]; the second of two directions runs backwards."""
     out = x.new_empty(x.shape)
-    args = _arguments(x, taps, bias, reverse)
-    args.out = strided(out.mT)
-    library().etmamba_short_conv(ctypes.byref(args), DTYPES[x.dtype], False)
+    if load_gpu.on_gpu(x):
+        _Gpu(x, weight, bias, reverse).forward(out)
+    else:
+        _Cpu(x, weight, bias, reverse).forward(out)
     return out
 
 
 @_forward.register_fake
-def _(x, taps, bias, reverse):
+def _(x, weight, bias, reverse):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("etmamba_timm::cpu_short_conv_backward", mutates_args=(), device_types="cpu")
-def _backward(dout: Tensor, x: Tensor, taps: Tensor, bias: Tensor, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
-    args = _arguments(x, taps, bias, reverse)
-    segments = library().etmamba_short_conv_segments(ctypes.c_int64(x.shape[2]))
+@torch.library.custom_op("etmamba_timm::short_conv_backward", mutates_args=(), device_types=("cpu", "cuda"))
+def _backward(
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, weight and bias; the last is empty without a bias."""
     dx = x.new_empty(x.shape)
-    dweight = taps.new_empty(x.shape[0] * x.shape[1] * segments, len(taps) + 1, x.shape[3])
-    args.dout, args.dx, args.dweight = strided(dout.mT), strided(dx.mT), dweight.data_ptr()
-    library().etmamba_short_conv(ctypes.byref(args), DTYPES[x.dtype], True)
-    dweight = dweight.sum(0)
-    return dx, dweight[:-1].clone(), dweight[-1].clone()
+    kernel = (_Gpu if load_gpu.on_gpu(x) else _Cpu)(x, weight, bias, reverse)
+    sums = kernel.backward(dout, dx)  # [K + 1, E], the last row for the bias
+    dweight = sums[:-1].t().contiguous().to(weight.dtype).unsqueeze(1)  # [K, E] -> [E, 1, K]
+    return dx, dweight, x.new_empty(0) if bias is None else sums[-1].to(bias.dtype, copy=True)
 
 
 @_backward.register_fake
-def _(dout, x, taps, bias, reverse):
-    return x.new_empty(x.shape), torch.empty_like(taps), torch.empty_like(bias)
+def _(dout, x, weight, bias, reverse):
+    dbias = x.new_empty(0) if bias is None else torch.empty_like(bias)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -101,14 +87,102 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, dout):
-    return (*_backward(dout, *ctx.saved_tensors, ctx.reverse), None)
+    x, weight, bias = ctx.saved_tensors
+    dx, dweight, dbias = _backward(dout, x, weight, bias, ctx.reverse)
+    return dx, dweight, None if bias is None else dbias, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _flops(x: torch.Size, taps: torch.Size, **others) -> int:
-    return 2 * prod(x) * taps[0]
+def _flops(x: torch.Size, weight: torch.Size, **others) -> int:
+    return 2 * prod(x) * weight[-1]
 
 
-count_flops("cpu_short_conv", _flops)
+count_flops("short_conv", _flops)
+
+
+class _CpuArgs(ctypes.Structure):  # must match kernels/cpu/short_conv.cpp
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("directions", "batch", "width", "length", "taps", "reverse", "threads")),
+        *((name, Strided) for name in ("x", "out", "dout", "dx")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "dweight")),
+    ]
+
+
+class _Cpu:
+    """Calls of the CPU kernel."""
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> None:
+        directions, batch, length, width = x.shape
+        dtype = state_dtype(x.dtype)
+        self.dtype = load_cpu.DTYPES[x.dtype]
+        self.taps = weight[:, 0].t().to(dtype).contiguous()  # [E, 1, K] -> [K, E]
+        self.bias = self.taps.new_zeros(width) if bias is None else bias.to(dtype).contiguous()
+        threads = torch.get_num_threads()
+        self.args = _CpuArgs(directions, batch, width, length, len(self.taps), reverse, threads, x=strided(x.mT))
+        self.args.weight, self.args.bias = self.taps.data_ptr(), self.bias.data_ptr()
+
+    def forward(self, out: Tensor) -> None:
+        self.args.out = strided(out.mT)
+        library().etmamba_short_conv(ctypes.byref(self.args), self.dtype, False)
+
+    def backward(self, dout: Tensor, dx: Tensor) -> Tensor:
+        directions, batch, length, width = dx.shape
+        segments = library().etmamba_short_conv_segments(ctypes.c_int64(length))
+        dweight = self.taps.new_empty(directions * batch * segments, len(self.taps) + 1, width)
+        self.args.dout, self.args.dx, self.args.dweight = strided(dout.mT), strided(dx.mT), dweight.data_ptr()
+        library().etmamba_short_conv(ctypes.byref(self.args), self.dtype, True)
+        return dweight.sum(0)
+
+
+class _GpuArgs(ctypes.Structure):  # must match kernels/gpu/short_conv.cu
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("directions", "batch", "width", "length", "reverse", "parts")),
+        *((name, Strided) for name in ("x", "out", "dout", "dx")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
+        *((name, ctypes.c_int64) for name in ("weight_dtype", "bias_dtype")),
+        ("dweight", ctypes.c_void_p),
+    ]
+
+
+class _Gpu:
+    """Launches of the GPU kernels."""
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> None:
+        self.x, self.weight = x, weight.contiguous()
+        self.bias = None if bias is None else bias.contiguous()
+        directions, batch, length, width = x.shape
+        self.args = _GpuArgs(directions, batch, width, length, reverse, x=strided(x.mT))
+        self.args.weight, self.args.bias = self.weight.data_ptr(), pointer(self.bias)
+        self.args.weight_dtype = load_gpu.DTYPES[weight.dtype]
+        self.args.bias_dtype = 0 if bias is None else load_gpu.DTYPES[bias.dtype]
+
+    def module(self, *tensors: Tensor) -> load_gpu.Module:
+        aligned = all(load_gpu.in_quads(t) for t in (self.x, *tensors))
+        return load_gpu.module(
+            "short_conv.cu",
+            self.x,
+            DTYPE=load_gpu.DTYPES[self.x.dtype],
+            ALIGNED=int(aligned),
+            TAPS=self.weight.shape[-1],
+        )
+
+    def forward(self, out: Tensor) -> None:
+        module = self.module(out)
+        threads, _, steps = module.config("short_conv")
+        directions, batch, length, width = out.shape
+        self.args.out = strided(out.mT)
+        total = directions * batch * -(-length // steps) * -(-width // 4)
+        module.launch("short_conv", (-(-total // threads), 1, 1), self.args)
+
+    def backward(self, dout: Tensor, dx: Tensor) -> Tensor:
+        module = self.module(dout, dx)
+        threads, _, steps = module.config("short_conv_backward")
+        directions, batch, length, width = dx.shape
+        quads, segments = -(-width // 4), directions * batch * -(-length // steps)
+        self.args.parts = parts = min(segments, -(-load_gpu.threads_at_once(dx.device) // quads))
+        sums = dx.new_zeros(self.weight.shape[-1] + 1, 4 * quads, dtype=torch.float32)
+        self.args.dout, self.args.dx, self.args.dweight = strided(dout.mT), strided(dx.mT), sums.data_ptr()
+        module.launch("short_conv_backward", (-(-quads * parts // threads), 1, 1), self.args)
+        return sums[:, :width]

@@ -27,15 +27,15 @@ from etmamba_timm.layers import EbsBlock
 from etmamba_timm.layers.ssm import ssm
 from etmamba_timm.ops import selective_scan
 
-KERNELS = {"cpu_scan", "cpu_short_conv", "cpu_local_conv", "cpu_conv_norm_relu"}
+KERNELS = {"cpu_scan", "short_conv", "local_conv", "conv_norm_relu"}
 FUSED = {  # the submodules of STFP and STCM whose work a kernel does, and which kernel
-    "stem.conv1.depthwise": "cpu_conv_norm_relu",
-    "stem.skip.pointwise": "cpu_conv_norm_relu",
-    "stem.conv3.norm": "cpu_conv_norm_relu",
-    "blocks.1.mixer.conv1d": "cpu_short_conv",
-    "blocks.0.local.conv3": "cpu_local_conv",
-    "blocks.0.local.conv5": "cpu_local_conv",
-    "blocks.1.local.conv7": "cpu_local_conv",
+    "stem.conv1.depthwise": "conv_norm_relu",
+    "stem.skip.pointwise": "conv_norm_relu",
+    "stem.conv3.norm": "conv_norm_relu",
+    "blocks.1.mixer.conv1d": "short_conv",
+    "blocks.0.local.conv3": "local_conv",
+    "blocks.0.local.conv5": "local_conv",
+    "blocks.1.local.conv7": "local_conv",
 }
 
 
@@ -130,9 +130,9 @@ def test_wrappers_may_return_another_dtype():
 @pytest.mark.parametrize("name", MODELS)
 def test_an_untouched_model_runs_the_kernels(name):
     seen = operators(small(name), clip())
-    assert set(seen) >= {"cpu_scan", "cpu_short_conv"}
-    assert ("cpu_conv_norm_relu" in seen) == (name != "videomamba_ti")
-    assert ("cpu_local_conv" in seen) == (name == "etmamba_ti")
+    assert set(seen) >= {"cpu_scan", "short_conv"}
+    assert ("conv_norm_relu" in seen) == (name != "videomamba_ti")
+    assert ("local_conv" in seen) == (name == "etmamba_ti")
     assert seen.count("convolution") == 1  # the patches
 
 

@@ -1,27 +1,15 @@
-"""Compiles C++ files at first use and keeps the shared library in a cache folder. Nothing is written anywhere else.
+"""Compiles C++ files at first use and keeps the shared library in the cache folder."""
 
-A library is called `<source>-<key>-<digest>.so`. The key is made from the sources, the flags and the processor. The
-digest is that of the file itself and shows damage. A file gets its name by a rename, once it is complete.
-"""
-
-import contextlib
 import ctypes
-import hashlib
 import logging
 import os
 import platform
 import shlex
 import shutil
 import subprocess
-import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows: processes that start together compile once each, and the last one's library stays
-    fcntl = None  # type: ignore[assignment]
+from .cache import SET_CACHE, BuildError, cache_dir, digest, from_cache
 
 _logger = logging.getLogger(__name__)
 
@@ -37,27 +25,7 @@ _CPUINFO = {  # the lines of /proc/cpuinfo that a native build depends on: x86, 
     *("cpu", "isa", "features"),
 }
 
-_SET_CACHE = "set ETMAMBA_CACHE to a folder that is"
 _SET_CXX = "install a C++ compiler such as g++ or clang++, or set CXX to one that works"
-
-
-class BuildError(RuntimeError):
-    """The library can't be built or loaded. The message says what failed and what to do about it."""
-
-
-def cache_dir() -> Path:
-    """The cache folder: $ETMAMBA_CACHE, else $XDG_CACHE_HOME/etmamba_timm, else ~/.cache/etmamba_timm.
-
-    The same on every operating system, as in torch and huggingface_hub.
-    """
-    try:
-        if chosen := os.environ.get("ETMAMBA_CACHE"):
-            return Path(chosen).expanduser().absolute()
-        base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-        # The XDG specification has relative paths ignored.
-        return (base if base.is_absolute() else Path.home() / ".cache") / "etmamba_timm"
-    except RuntimeError as error:  # there is no HOME, nor an entry in the password database
-        raise BuildError(f"no cache folder for compiled code: {error}; set ETMAMBA_CACHE to one") from error
 
 
 def load(*sources: Path) -> ctypes.CDLL:
@@ -70,23 +38,23 @@ def load(*sources: Path) -> ctypes.CDLL:
     Raises: BuildError.
     """
     texts = {source.name: source.read_bytes() for source in sources}
-    key = _digest(repr((_SCHEME, FLAGS, OPTIONAL_FLAGS, _processor(), texts)).encode())
-    name, folder = f"{sources[0].stem}-{key}", cache_dir()
+    key = digest(repr((_SCHEME, FLAGS, OPTIONAL_FLAGS, _processor(), texts)).encode())
+
+    def build(work: Path) -> Path:
+        _logger.info("compiling the CPU kernels, once for this machine (about ten seconds)")
+        for source, text in texts.items():
+            Path(work, source).write_bytes(text)  # exactly what the key was made from
+        made = Path(work, "made.so")
+        _compile([Path(work, source) for source in texts if source.endswith(".cpp")], made)
+        return made
+
     try:
-        library = _cached(folder, name)
-        if library is None:
-            folder.mkdir(parents=True, exist_ok=True)
-            with _locked(folder / "lock"):
-                library = _cached(folder, name)  # another process may have built it meanwhile
-                if library is None:
-                    library = _build(texts, folder, name)
-        return library
+        return from_cache(f"{sources[0].stem}-{key}", ".so", lambda path: ctypes.CDLL(str(path)), build)
     except OSError as error:
-        raise BuildError(f"{folder} can't hold compiled code: {error}; make it writable, or {_SET_CACHE}") from error
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:32]
+        raise BuildError(
+            f"the library compiled from {', '.join(texts)} doesn't load: {error}; if {cache_dir()} forbids execution "
+            f"(noexec), {SET_CACHE} not so mounted, else set CXX to this system's own compiler"
+        ) from error
 
 
 def _processor() -> str:
@@ -98,53 +66,6 @@ def _processor() -> str:
     else:
         known = sorted({line for line in lines if line.partition(":")[0].strip() in _CPUINFO})  # cores may differ
     return "\n".join([platform.system(), platform.machine(), *known])
-
-
-def _cached(folder: Path, name: str) -> ctypes.CDLL | None:
-    """The first library of this name that is undamaged and loads.
-
-    There are several if systems with different C++ runtimes share the folder: each builds one that it can load.
-    """
-    for path in sorted(folder.glob(f"{name}-*.so")):
-        with contextlib.suppress(OSError):
-            # Checked first, since loading a truncated library can kill the process.
-            if path.name == f"{name}-{_digest(path.read_bytes())}.so":
-                return ctypes.CDLL(str(path))
-    return None
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Lets in one process at a time, where the file system has locks. This only saves work; all is well without."""
-    with path.open("w") as file, contextlib.ExitStack() as unlock:
-        if fcntl is not None:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX)  # released by the kernel if the process is killed
-                # Closing the file isn't enough if another thread forked meanwhile.
-                unlock.callback(fcntl.flock, file, fcntl.LOCK_UN)
-        yield
-
-
-def _build(texts: dict[str, bytes], folder: Path, name: str) -> ctypes.CDLL:
-    for leftover in folder.glob("build-*"):  # left by killed processes
-        with contextlib.suppress(OSError):
-            if time.time() - leftover.stat().st_mtime > 24 * 3600:
-                shutil.rmtree(leftover, ignore_errors=True)
-    _logger.info("compiling the CPU kernels, once for this machine (about ten seconds)")
-    with tempfile.TemporaryDirectory(prefix="build-", dir=folder, ignore_cleanup_errors=True) as work:
-        made = Path(work, "made.so")
-        for source, text in texts.items():
-            Path(work, source).write_bytes(text)  # exactly what the key was made from
-        _compile([Path(work, source) for source in texts if source.endswith(".cpp")], made)
-        path = folder / f"{name}-{_digest(made.read_bytes())}.so"
-        os.replace(made, path)
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError as error:
-        raise BuildError(
-            f"the library compiled from {', '.join(texts)} doesn't load: {error}; if {folder} forbids execution "
-            f"(noexec), {_SET_CACHE} not so mounted, else set CXX to this system's own compiler"
-        ) from error
 
 
 def _compile(sources: list[Path], made: Path) -> None:

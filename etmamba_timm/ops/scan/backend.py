@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.library import has_tangent
+from ..kernels.choice import has_tangent
 
 
 class ScanInputs(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..flops import count_flops
-from ..kernels.library import DTYPES, Strided, library, pointer, strided, why_not
+from ..kernels.load_cpu import DTYPES, Strided, library, pointer, strided, why_not
 from .backend import Backend, ScanInputs
 
 # torch.library wants the inputs of a scan one by one.

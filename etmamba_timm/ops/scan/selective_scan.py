@@ -5,7 +5,8 @@ import logging
 import torch
 from torch import Tensor
 
-from ..kernels.library import DTYPES, state_dtype
+from ..kernels.choice import state_dtype
+from ..kernels.load_cpu import DTYPES
 from . import chunked, cpu, mamba_ssm, reference
 from .backend import Backend, ScanInputs
 

@@ -1,7 +1,7 @@
 """Compiling at first use and the cache of libraries: real compilers, real processes, no mocks.
 
-Processes load build_cpu.py by its path, because it only needs the standard library: importing torch in each would take
-most of the time.
+Processes import the folder of build_cpu.py as a package, because it only needs the standard library: importing torch in
+each would take most of the time.
 """
 
 import ctypes
@@ -22,11 +22,10 @@ COMPILER = next(filter(None, map(shutil.which, build.COMPILERS)), None)
 ANSWER = 'extern "C" int answer() { return 42; }\n'
 # Prints what the library answers, or the error. With 'watch', starting any process is an error.
 LOAD = f"""
-import importlib.util, sys
+import sys
 from pathlib import Path
-spec = importlib.util.spec_from_file_location("build", {build.__file__!r})
-build = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(build)
+sys.path.insert(0, {str(Path(build.__file__).parents[1])!r})
+from kernels import build_cpu as build, cache
 def forbid(event, arguments):
     if event.startswith(("subprocess.", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.system", "pty.")):
         raise AssertionError(f"{{event}} {{arguments}}")
@@ -194,7 +193,7 @@ def test_a_compiler_that_does_not_know_the_native_flags(source, cache, wrap, ref
 @pytest.mark.parametrize("locks", [True, False], ids=["locks", "no-locks"])
 def test_eight_processes_at_once(source, cache, wrap, monkeypatch, locks):
     if not locks:
-        monkeypatch.setattr(sys.modules[__name__], "LOAD", LOAD.replace("try:", "build.fcntl = None\ntry:", 1))
+        monkeypatch.setattr(sys.modules[__name__], "LOAD", LOAD.replace("try:", "cache.fcntl = None\ntry:", 1))
     log = wrap('echo compiled >> "$CXX_LOG"', "sleep 1", f'exec {COMPILER} "$@"')
     processes = [start(source) for _ in range(8)]
     assert [outcome(process) for process in processes] == ["42"] * 8
@@ -260,7 +259,7 @@ def test_a_whole_library_that_does_not_load_here_is_built_anew(source, cache):
     [library] = libraries(cache)
     foreign = b"made by another system"
     library.unlink()
-    library = library.with_name("-".join([*library.stem.split("-")[:2], build._digest(foreign)]) + ".so")
+    library = library.with_name("-".join([*library.stem.split("-")[:2], build.digest(foreign)]) + ".so")
     library.write_bytes(foreign)
     assert outcome(start(source)) == "42"
     assert outcome(start(source, "watch")) == "42"

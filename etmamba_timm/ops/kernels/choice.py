@@ -1,0 +1,75 @@
+"""Which tensors the kernels can take, and what else their wrappers share."""
+
+import logging
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import load_cpu, load_gpu
+
+_logger = logging.getLogger(__name__)
+_told: set[str] = set()
+
+
+def takes(operator: str, *tensors: Tensor | None) -> bool:
+    """Whether the kernels can take these tensors; if not on a GPU, the log says why, once.
+
+    They take floating-point tensors on the CPU (and on 'meta', with only shapes) and on a GPU (there without float64),
+    and have no forward-mode derivative.
+    """
+    given = [t for t in tensors if t is not None]
+    reason = _why_not(given)
+    if reason and given[0].is_cuda and not torch.compiler.is_compiling():
+        _tell_once(f"{operator} runs on PyTorch's operators, because {reason}")
+    return reason is None
+
+
+def _why_not(given: list[Tensor]) -> str | None:
+    device = given[0].device
+    if any(t.device != device for t in given):
+        return "the tensors are on several devices"
+    dtypes = load_gpu.DTYPES if load_gpu.on_gpu(given[0]) else load_cpu.DTYPES
+    if wrong := [str(t.dtype) for t in given if t.dtype not in dtypes]:
+        return f"its kernels don't take {wrong[0]}"
+    if has_tangent(*given):
+        return "its kernels have no forward-mode derivative"
+    if load_gpu.on_gpu(given[0]):
+        return gpu_why_not(device)
+    return _cpu_why_not() if device.type in ("cpu", "meta") else f"there are no kernels for {device.type}"
+
+
+def _tell_once(message: str) -> None:
+    if message not in _told:
+        _told.add(message)
+        _logger.warning(message)
+
+
+@torch.compiler.assume_constant_result  # asked once, at trace time: probing the machine can't be compiled
+def _cpu_why_not() -> str | None:
+    return load_cpu.why_not()
+
+
+@torch.compiler.assume_constant_result
+def gpu_why_not(device: torch.device) -> str | None:
+    """None if this device can run the GPU kernels; else the reason and the remedy."""
+    return load_gpu.why_not_on(device)
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether forward-mode differentiation goes through one of the tensors."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def check_shapes(*expected: tuple[str, Tensor | None, tuple[int, ...]]) -> None:
+    """Raises ValueError for a tensor of the wrong shape: the kernels trust shapes. Takes (name, tensor, shape)."""
+    for name, tensor, shape in expected:
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}; it must be {shape}")
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and states: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,143 @@
+"""Loads the GPU kernels of gpu/, compiled at first use, and launches them.
+
+The driver is called through cuda.bindings. Kernels go to PyTorch's current stream, and allocate nothing.
+"""
+
+import ctypes
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import build_gpu
+from .cache import BuildError
+
+_logger = logging.getLogger(__name__)
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # must match gpu/kernel.h
+OLDEST = (8, 0)  # the compute capability from which on asynchronous copies exist
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether an operator on x is one for the GPU kernels."""
+    return x.device.type == "cuda"
+
+
+def why_not() -> str | None:
+    """None if this machine can run the kernels; else the reason and the remedy. Takes a moment at its first call."""
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device; run where there is one, with a CUDA build of torch"
+    if torch.version.hip:
+        return "PyTorch is a build for AMD's GPUs; the kernels are for NVIDIA's"
+    return build_gpu.why_not()
+
+
+@functools.cache
+def why_not_on(device: torch.device) -> str | None:
+    """None if this device can run the kernels; else the reason and the remedy."""
+    if reason := why_not():
+        return reason
+    found = torch.cuda.get_device_capability(device)
+    if found < OLDEST:
+        wanted, has = (".".join(map(str, capability)) for capability in (OLDEST, found))
+        return f"the device has compute capability {has}; the kernels need {wanted} or newer"
+    return None
+
+
+class Module:
+    """A compiled file of gpu/ on a device."""
+
+    def __init__(self, source: str, defines: dict[str, int], device: torch.device) -> None:
+        from cuda.bindings import driver
+
+        self._driver, self._device = driver, device
+        code = build_gpu.compile_gpu(source, defines, torch.cuda.get_device_capability(device))
+        torch.empty(0, device=device)  # PyTorch starts the device's context
+        self._check(driver.cuInit(0))
+        self._context = self._check(driver.cuDevicePrimaryCtxRetain(self._check(driver.cuDeviceGet(device.index))))
+        self._check(driver.cuCtxSetCurrent(self._context))
+        self._module = self._check(driver.cuModuleLoadData(code))
+        self._kernels: dict[str, tuple[Any, int, int]] = {}  # function, threads, bytes of shared memory
+
+    @functools.cache  # noqa: B019  # modules live as long as the process
+    def config(self, kernel: str) -> tuple[int, ...]:
+        """What CONFIG says of a kernel: threads, bytes of shared memory, and what else its caller needs."""
+        address, size = self._check(self._driver.cuModuleGetGlobal(self._module, f"{kernel}_config".encode()))
+        values = (ctypes.c_int * (size // ctypes.sizeof(ctypes.c_int)))()
+        self._check(self._driver.cuMemcpyDtoH(ctypes.addressof(values), address, size))
+        return tuple(values)
+
+    def launch(self, kernel: str, grid: Sequence[int], args: ctypes.Structure) -> None:
+        """Runs a kernel with this many blocks in x, y and z on the device's current stream.
+
+        Args:
+            kernel: its name.
+            grid: three numbers.
+            args: its only argument.
+        """
+        if not all(grid):
+            return
+        function, threads, shared = self._kernels.get(kernel) or self._load(kernel)
+        pointer = ctypes.c_void_p(ctypes.addressof(args))
+        launch = functools.partial(
+            self._driver.cuLaunchKernel,
+            *(function, *grid, threads, 1, 1, shared, torch.cuda.current_stream(self._device).cuda_stream),
+            *(ctypes.addressof(pointer), 0),
+        )
+        [status] = launch()
+        if status in (self._driver.CUresult.CUDA_ERROR_INVALID_CONTEXT, self._driver.CUresult.CUDA_ERROR_NOT_INITIALIZED):
+            self._check(self._driver.cuCtxSetCurrent(self._context))  # a thread in which PyTorch did nothing so far
+            [status] = launch()
+        self._check((status,))
+
+    def _load(self, kernel: str) -> tuple[Any, int, int]:
+        driver = self._driver
+        function = self._check(driver.cuModuleGetFunction(self._module, kernel.encode()))
+        threads, shared, *_ = self.config(kernel)
+        if shared > 48 * 1024:  # more has to be asked for
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            self._check(driver.cuFuncSetAttribute(function, attribute, shared))
+        self._kernels[kernel] = function, threads, shared
+        return self._kernels[kernel]
+
+    def _check(self, returned: tuple[Any, ...]) -> Any:
+        status, *values = returned
+        if status != self._driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"the CUDA driver says {status.name}")
+        return values[0] if len(values) == 1 else tuple(values)
+
+
+def module(source: str, like: Tensor, **defines: int) -> Module:
+    """The kernels of a file in gpu/, compiled with these macros, for the device of a tensor.
+
+    Raises: BuildError.
+    """
+    return _module(source, tuple(defines.items()), like.device)
+
+
+@functools.cache
+def _module(source: str, defines: tuple[tuple[str, int], ...], device: torch.device) -> Module:
+    return Module(source, dict(defines), device)
+
+
+def in_quads(x: Tensor) -> bool:
+    """Whether four neighbouring elements of the last dimension can always be read at once.
+
+    That is so if they are next to each other, and their number, the other strides and the address are multiples of 4.
+    """
+    *others, last = x.stride()
+    return last == 1 and not any(n % 4 for n in (x.shape[-1], *others)) and x.data_ptr() % (4 * x.itemsize) == 0
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """The number of multiprocessors."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def threads_at_once(device: torch.device) -> int:
+    """About the number of threads that keep a device busy with work that waits for memory."""
+    return 512 * processors(device)

@@ -22,7 +22,7 @@ class EmulatedModule:
     """Stands in for `load_gpu.Module`."""
 
     def __init__(self, source: str, defines: dict[str, int]) -> None:
-        self.library = _compile(source, defines)
+        self.library = compile_emulated(source, defines)
 
     def config(self, kernel: str) -> tuple[int, ...]:
         size = ctypes.c_int.in_dll(self.library, f"{kernel}_config_size").value
@@ -32,7 +32,7 @@ class EmulatedModule:
         getattr(self.library, kernel)(ctypes.byref(args), (ctypes.c_int * 3)(*grid))
 
 
-def _compile(source: str, defines: dict[str, int]) -> ctypes.CDLL:
+def compile_emulated(source: str, defines: dict[str, int]) -> ctypes.CDLL:
     """In the cache folder, as the compiled kernels."""
     files = [build_gpu.SOURCES / source, *sorted(build_gpu.SOURCES.glob("*.h")), HERE / "emulation.h"]
     macros = [f"-D{name}={value}" for name, value in sorted(defines.items())]

@@ -1,11 +1,10 @@
 """Compiles the CUDA C++ of gpu/ with NVRTC at first use and keeps the machine code in the cache folder.
 
-NVRTC is a library: neither nvcc nor the toolkit's headers are needed, nor a device. It comes with PyTorch's CUDA builds,
-and NVIDIA's Python bindings for it, cuda.bindings, with PyTorch's Linux wheels from 2.11 on.
+NVRTC is a library: neither nvcc nor the toolkit's headers are needed, nor a device. It comes with PyTorch's CUDA builds.
+NVIDIA's Python bindings for it, cuda.bindings, come with PyTorch's Linux wheels from 2.11 on.
 """
 
 import functools
-import importlib.util
 import logging
 from pathlib import Path
 from types import ModuleType
@@ -25,16 +24,16 @@ _SCHEME = 1  # increase it to rebuild code whose source and flags haven't change
 @functools.cache
 def _nvrtc() -> ModuleType | BuildError:
     major = (torch.version.cuda or "13").partition(".")[0]  # cuda.bindings N loads NVRTC N
-    remedy = f"pip install 'cuda-bindings=={major}.*' installs it"
     try:
-        if importlib.util.find_spec("cuda.bindings") is None:
-            return BuildError(f"cuda.bindings, which calls NVIDIA's compiler NVRTC, isn't installed; {remedy}")
         from cuda.bindings import nvrtc
 
         _check(nvrtc.nvrtcVersion())
         return nvrtc
     except ModuleNotFoundError as error:
-        return BuildError(f"cuda.bindings, which calls NVIDIA's compiler NVRTC, isn't installed ({error}); {remedy}")
+        return BuildError(
+            f"cuda.bindings, which calls NVIDIA's compiler NVRTC, isn't installed ({error}); "
+            f"pip install 'cuda-bindings=={major}.*' installs it"
+        )
     except (ImportError, OSError, RuntimeError) as error:  # the bindings are there, the library isn't
         nvrtc_wheel = "nvidia-cuda-nvrtc-cu12" if major == "12" else f"'nvidia-cuda-nvrtc=={major}.*'"
         return BuildError(

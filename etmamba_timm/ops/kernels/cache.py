@@ -48,9 +48,7 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:32]
 
 
-def from_cache(
-    name: str, suffix: str, load: Callable[[Path], Loaded], build: Callable[[Path], Path]
-) -> Loaded:
+def from_cache(name: str, suffix: str, load: Callable[[Path], Loaded], build: Callable[[Path], Path]) -> Loaded:
     """What `load` makes of the file of this name, built if there is none that is undamaged and loads.
 
     Args:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from . import build_gpu
-from .cache import BuildError
 
 _logger = logging.getLogger(__name__)
 
@@ -55,7 +54,6 @@ class Module:
 
         self._driver, self._device = driver, device
         code = build_gpu.compile_gpu(source, defines, torch.cuda.get_device_capability(device))
-        torch.empty(0, device=device)  # PyTorch starts the device's context
         self._check(driver.cuInit(0))
         self._context = self._check(driver.cuDevicePrimaryCtxRetain(self._check(driver.cuDeviceGet(device.index))))
         self._check(driver.cuCtxSetCurrent(self._context))
@@ -88,7 +86,10 @@ class Module:
             *(ctypes.addressof(pointer), 0),
         )
         [status] = launch()
-        if status in (self._driver.CUresult.CUDA_ERROR_INVALID_CONTEXT, self._driver.CUresult.CUDA_ERROR_NOT_INITIALIZED):
+        if status in (
+            self._driver.CUresult.CUDA_ERROR_INVALID_CONTEXT,
+            self._driver.CUresult.CUDA_ERROR_NOT_INITIALIZED,
+        ):
             self._check(self._driver.cuCtxSetCurrent(self._context))  # a thread in which PyTorch did nothing so far
             [status] = launch()
         self._check((status,))

@@ -1,13 +1,15 @@
 // The short convolution with SiLU on a GPU, forward and backward. Called from short_conv.py.
 //
-// A thread takes four channels through STEPS time steps. TAPS is the convolution's width.
+// A thread takes four channels through a stretch of time steps. TAPS is the convolution's width.
 
 #include "kernel.h"
 
-constexpr int STEPS = 16, THREADS = 128, BEFORE = TAPS - 1;
+// Steps in a stretch: many, as each reads the steps around it again, but no more than registers can hold (128 and 168).
+constexpr int STEPS = 12, BACKWARD_STEPS = 8;
+constexpr int THREADS = 128, BEFORE = TAPS - 1;
 
 struct Args {  // must match short_conv.py
-    i64 directions, batch, width, length, reverse, parts;  // parts: threads that share a channel's sums (backward)
+    i64 directions, batch, width, length, reverse, parts;  // parts: threads for four channels (backward)
     Strided x, out, dout, dx;
     void *weight, *bias;  // [E, TAPS], [E] or null
     i64 weight_dtype, bias_dtype;
@@ -15,7 +17,7 @@ struct Args {  // must match short_conv.py
 };
 
 CONFIG(short_conv, THREADS, 0, STEPS)
-CONFIG(short_conv_backward, THREADS, 0, STEPS)
+CONFIG(short_conv_backward, THREADS, 0, BACKWARD_STEPS)
 
 struct Channels {
     int first, count, width;
@@ -78,21 +80,21 @@ KERNEL(short_conv, THREADS, 4) {
     }
 }
 
-// A thread takes every `parts`-th stretch of STEPS. For it, it also needs the gradients of the next BEFORE outputs.
-KERNEL(short_conv_backward, THREADS, 4) {
-    const i64 quads = (a.width + 3) / 4, segments = (a.length + STEPS - 1) / STEPS;
+// A thread takes every `parts`-th stretch. For it, it also needs the gradients of the next BEFORE outputs.
+KERNEL(short_conv_backward, THREADS, 3) {
+    const i64 quads = (a.width + 3) / 4, segments = (a.length + BACKWARD_STEPS - 1) / BACKWARD_STEPS;
     const i64 i = (i64)blockIdx.x * THREADS + threadIdx.x;
     if (i >= quads * a.parts) return;
     const Channels c(a, i % quads);
     float sums[TAPS + 1][4] = {};
     for (i64 segment = i / quads; segment < a.directions * a.batch * segments; segment += a.parts) {
         const Walk walk(a, segment / segments);
-        const i64 first = segment % segments * STEPS;
-        float x[STEPS + 2 * BEFORE][4], dy[STEPS + BEFORE][4];  // dy: of the convolution's output
+        const i64 first = segment % segments * BACKWARD_STEPS;
+        float x[BACKWARD_STEPS + 2 * BEFORE][4], dy[BACKWARD_STEPS + BEFORE][4];  // dy: of the convolution's output
 #pragma unroll
         for (int k = 0; k < BEFORE; ++k) walk.load(a.x, first + k - BEFORE, c, x[k]);
 #pragma unroll
-        for (int k = 0; k < STEPS + BEFORE; ++k) {
+        for (int k = 0; k < BACKWARD_STEPS + BEFORE; ++k) {
             walk.load(a.x, first + k, c, x[k + BEFORE]);
             walk.load(a.dout, first + k, c, dy[k]);
             float y[4];
@@ -108,7 +110,7 @@ KERNEL(short_conv_backward, THREADS, 4) {
                 const i64 at = first + k - BEFORE;
                 if (at < walk.length) store_quad(walk.at(a.dx, at), a.dx.channel, c.first, c.width, dx);
             }
-            if (k < STEPS) {
+            if (k < BACKWARD_STEPS) {
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
                     sums[TAPS][j] += dy[k][j];

@@ -1,0 +1,100 @@
+"""Loading and launching GPU kernels: cuda.bindings' real calls, on a stand-in driver that runs emulated kernels."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from emulated import COMPILER
+
+from etmamba_timm.ops.kernels import load_gpu
+
+HERE = Path(__file__).parent
+SCRIPT = """
+import importlib, sys, threading, torch
+from types import SimpleNamespace
+import emulated
+from etmamba_timm.ops import short_conv
+from etmamba_timm.ops.kernels import build_gpu, choice, load_gpu
+
+def compile_gpu(source, defines, capability):
+    print("compiled for", capability)
+    return emulated.compile_emulated(source, defines)._name.encode() + b"\\0"
+
+torch.cuda.get_device_capability = lambda device: (9, 0)
+torch.cuda.current_stream = lambda device: SimpleNamespace(cuda_stream=77)
+build_gpu.compile_gpu = compile_gpu
+device = torch.device("cuda", 0)
+load_gpu.on_gpu, choice.gpu_why_not, load_gpu.processors = lambda x: True, lambda device: None, lambda device: 4
+load_gpu.module = lambda source, like, **defines: load_gpu._module(source, tuple(defines.items()), device)
+
+x, weight = torch.randn(2, 3, 40, 8, requires_grad=True), torch.randn(8, 1, 4)
+plain = importlib.import_module("etmamba_timm.ops.short_conv")._plain
+
+def agrees():
+    got, want = (torch.autograd.grad(f(x, weight, None, False).square().sum(), x)[0] for f in (short_conv, plain))
+    print("agrees", torch.allclose(got, want, atol=1e-4))
+
+agrees()
+thread = threading.Thread(target=agrees)  # the driver's context is a thread's own
+thread.start()
+thread.join()
+module = load_gpu.module("short_conv.cu", x, DTYPE=0, ALIGNED=1, TAPS=4)
+try:
+    module.launch("no_such_kernel", (1, 1, 1), None)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def run(script: str, folder: Path, **env: str) -> list[str]:
+    paths = [str(HERE.parent), *sys.path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "LD_LIBRARY_PATH": str(folder), **env}
+    environment["PYTHONWARNINGS"] = "ignore::UserWarning"  # PyTorch's, of a driver that can next to nothing
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.splitlines()
+
+
+@pytest.mark.skipif(COMPILER is None or sys.platform != "linux", reason="the stand-in is a Linux library")
+def test_the_drivers_calls(tmp_path):
+    """Configuration, launches forward and backward, PyTorch's stream, another thread, and an error."""
+    pytest.importorskip("cuda.bindings")
+    library = tmp_path / "libcuda.so.1"
+    subprocess.run([COMPILER, "-shared", "-fPIC", "-o", library, HERE / "driver_standin.cpp", "-ldl"], check=True)
+    lines = run(SCRIPT, tmp_path, DRIVER_LOG="1")
+    launch = "128 threads, 0 bytes, stream 0x4d"  # 77
+    assert lines == [
+        "compiled for (9, 0)",
+        *[launch, launch, "agrees True"] * 2,
+        "the CUDA driver says CUDA_ERROR_NOT_FOUND",
+    ]
+
+
+def test_why_not(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "finds no CUDA device" in load_gpu.why_not()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert "AMD" in load_gpu.why_not()
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(load_gpu.build_gpu, "why_not", lambda: None)
+    assert load_gpu.why_not() is None
+    for capability, reason in (((9, 0), None), ((7, 5), "the device has compute capability 7.5; the kernels need 8.0")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        load_gpu.why_not_on.cache_clear()
+        found = load_gpu.why_not_on(torch.device("cuda", 0))
+        assert found == reason or found.startswith(reason)
+    load_gpu.why_not_on.cache_clear()
+
+
+def test_in_quads():
+    x = torch.zeros(2, 3, 8, dtype=torch.bfloat16)
+    assert load_gpu.in_quads(x)
+    assert load_gpu.in_quads(x[..., 4:])
+    assert not load_gpu.in_quads(x[..., 2:6])  # its address isn't a multiple of four elements
+    assert not load_gpu.in_quads(x[..., :6])  # nor is its width
+    assert not load_gpu.in_quads(x.mT)
+    assert not load_gpu.in_quads(torch.zeros(3, 6)[:, :4])  # nor its stride

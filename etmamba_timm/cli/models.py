@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from .options import DTYPES, positive, stride
@@ -68,6 +69,12 @@ def _info(args: argparse.Namespace) -> int:
             print(json.dumps(backends))
         else:
             print("\n".join(f"{name:12}{reason or 'ready'}" for name, reason in backends.items()))
+            print(
+                "\nFastest first. The kernels of 'gpu' and 'cpu' also run the convolutions of STFP and of the blocks."
+            )
+            preferred = os.environ.get("ETMAMBA_SCAN")
+            now = f"ETMAMBA_SCAN={preferred} is" if preferred else "Set ETMAMBA_SCAN to a name to have it"
+            print(f"{now} tried first in every scan that doesn't ask for a backend.")
         return 0
     from ..models import VARIANTS
 

@@ -239,11 +239,16 @@ def test_info_of_one(capsys):
     assert "91.33 M" in out
 
 
-def test_info_on_backends(capsys):
+def test_info_on_backends(capsys, monkeypatch):
     assert main(["info", "--backends", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["reference"] is None
     assert main(["info", "--backends"]) == 0
-    assert "reference" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "reference" in out
+    assert "Set ETMAMBA_SCAN to a name to have it tried first" in out
+    monkeypatch.setenv("ETMAMBA_SCAN", "torch")
+    assert main(["info", "--backends"]) == 0
+    assert "ETMAMBA_SCAN=torch is tried first" in capsys.readouterr().out
 
 
 def test_as_a_command_into_a_closed_pipe(trained):

@@ -4,10 +4,12 @@ import ctypes
 import functools
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import strategies as st
 
 from etmamba_timm.ops.kernels import build_gpu, choice, load_gpu
 from etmamba_timm.ops.kernels.build_cpu import COMPILERS
@@ -16,6 +18,12 @@ from etmamba_timm.ops.kernels.cache import digest, from_cache
 HERE = Path(__file__).parent / "kernels"
 COMPILER = next(filter(None, map(shutil.which, COMPILERS)), None)
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-DEMULATED", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused")
+
+ORDERS = st.sampled_from(["0", "1", "2"])  # of threads: EMULATION_ORDER
+needs_emulation = pytest.mark.skipif(
+    COMPILER is None or sys.platform != "linux",
+    reason="the emulation of the GPU kernels needs a C++ compiler on Linux",
+)
 
 
 class EmulatedModule:

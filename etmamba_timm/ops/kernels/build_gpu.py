@@ -1,6 +1,6 @@
 """Compiles the CUDA C++ of gpu/ with NVRTC at first use and keeps the machine code in the cache folder.
 
-NVRTC is a library: neither nvcc nor the toolkit's headers are needed, nor a device. It comes with PyTorch's CUDA builds.
+NVRTC is a library: neither nvcc nor the toolkit's headers are needed, nor a device. It comes with PyTorch for CUDA.
 NVIDIA's Python bindings for it, cuda.bindings, come with PyTorch's Linux wheels from 2.11 on.
 """
 

@@ -1,6 +1,10 @@
-"""The public selective scan, and the choice of the backend that runs it."""
+"""The public selective scan, and the choice of the backend that runs it.
+
+The environment variable ETMAMBA_SCAN names the backend that 'auto' tries first, in the whole process.
+"""
 
 import logging
+import os
 
 import torch
 from torch import Tensor
@@ -15,6 +19,8 @@ _announced: set[str] = set()
 
 # Fastest first: 'auto' takes the first that can run.
 BACKENDS = {row.name: row for row in (mamba_ssm.BACKEND, cpu.BACKEND, chunked.BACKEND, reference.BACKEND)}
+
+PREFERRED = os.environ.get("ETMAMBA_SCAN", "")
 
 
 def scan_backends() -> dict[str, str | None]:
@@ -53,7 +59,7 @@ def selective_scan(
         delta_softplus: whether Δ = softplus(delta + delta_bias).
         return_last_state: whether to return the state after the last step as well.
         reverse: whether to run from the last time step to the first. The output stays in the input's order.
-        backend: a name from `scan_backends()`, or 'auto' for the fastest one that can run.
+        backend: a name from `scan_backends()`, or 'auto' for the fastest one that can run ($ETMAMBA_SCAN first).
 
     Returns:
         The output [B, D, L] in `u`'s dtype, or (output, last state [B, D, N] in `A`'s dtype). The last state is
@@ -100,6 +106,13 @@ def bidirectional_scan(
     return out[:batch] + out[batch:]
 
 
+def _in_order() -> dict[str, Backend]:
+    """The table in the order in which 'auto' tries its rows."""
+    if PREFERRED and PREFERRED not in BACKENDS:
+        raise ValueError(f"the environment variable ETMAMBA_SCAN is {PREFERRED!r}; set it to {' or '.join(BACKENDS)}")
+    return {PREFERRED: BACKENDS[PREFERRED], **BACKENDS} if PREFERRED else BACKENDS
+
+
 @torch.compiler.assume_constant_result  # asked once, at trace time: probing the machine can't be compiled
 def _why_not(name: str) -> str | None:
     return BACKENDS[name].why_not()
@@ -109,7 +122,7 @@ def _choose(name: str, inputs: ScanInputs) -> Backend:
     """The backend of this name; for 'auto' the first that can run, and a log of why faster ones can't."""
     if name == "auto":
         passed_over: dict[str, str] = {}
-        for name, backend in BACKENDS.items():
+        for name, backend in _in_order().items():
             reason = backend.rejects(inputs) or _why_not(name)  # in this order: _why_not may compile or import
             if reason is None:
                 _announce(name, inputs, passed_over)

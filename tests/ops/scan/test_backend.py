@@ -1,6 +1,8 @@
 """A backend that is added as one row: the scans, the list of backends and the warning pick it up from the table."""
 
 import logging
+import os
+import subprocess
 import sys
 
 import pytest
@@ -74,6 +76,28 @@ def test_both_directions_in_one_call_or_as_one_batch(add, recorder, backend, in_
     out = bidirectional_scan(*args, delta_softplus=True, backend=backend)
     assert recorder.calls == [("both", (2, 2, 5, 7), True) if in_one_call else ("scan", (4, 5, 7), True, 2)]
     torch.testing.assert_close(out, bidirectional_scan(*args, delta_softplus=True, backend="reference"))
+
+
+def test_a_whole_process_may_prefer_one(add, recorder, monkeypatch):
+    add(Backend("new", recorder.scan, limits=lambda inputs: "too long" if inputs.u.shape[-1] > 7 else None))
+    monkeypatch.setattr(MODULE, "BACKENDS", dict(reversed(MODULE.BACKENDS.items())))  # the slowest
+    selective_scan(*tensors(ONE))
+    assert not recorder.calls
+    monkeypatch.setattr(MODULE, "PREFERRED", "new")
+    selective_scan(*tensors(ONE))
+    assert len(recorder.calls) == 1
+    selective_scan(*tensors([(2, 5, 8), (5, 3), (2, 3, 8)]))  # falls back
+    assert len(recorder.calls) == 1
+    monkeypatch.setattr(MODULE, "PREFERRED", "mamba")
+    with pytest.raises(ValueError, match="the environment variable ETMAMBA_SCAN is 'mamba'; set it to reference or "):
+        selective_scan(*tensors(ONE))
+
+
+def test_the_environment_variable_is_read_at_import():
+    code = "from etmamba_timm.ops.scan.selective_scan import PREFERRED; print(PREFERRED)"
+    env = {**os.environ, "ETMAMBA_SCAN": "torch"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout == "torch\n", done.stderr
 
 
 @pytest.mark.parametrize(

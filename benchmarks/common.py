@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+import etmamba_timm
+
 
 def in_turn(runs: int, settle: bool = False, **functions: Callable[[], object]) -> dict[str, list[float]]:
     """Seconds of each of `runs` calls of each function, in turn after a warm-up, so that drift affects all alike.
@@ -41,16 +43,17 @@ def machine() -> dict[str, object]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": version("torch"),
-        "etmamba-timm": version("etmamba-timm"),
+        "etmamba-timm": etmamba_timm.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def write(name: str, rows: list[dict]) -> None:
-    """Writes results/<name>.csv: a row per measurement, each with the machine's description."""
-    path = Path(__file__).with_name("results") / f"{name}.csv"
-    path.parent.mkdir(exist_ok=True)
-    rows = [row | machine() for row in rows]
+def write(name: str, rows: list[dict], path: Path | None = None) -> None:
+    """Writes results/<name>.csv, or a file elsewhere: a row per measurement, each with the machine's description."""
+    path = path or Path(__file__).with_name("results") / f"{name}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = machine()
+    rows = [row | about for row in rows]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()

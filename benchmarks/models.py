@@ -18,11 +18,12 @@ SHAPE = (1, 3, 16, 224, 224)
 
 
 def ours(name: str, folded: bool):
-    return lambda frames=16: timm.create_model(name, num_frames=frames, **({"folded": True} if folded else {}))
+    fold = {"folded": True} if folded else {}
+    return lambda frames=16, **changes: timm.create_model(name, num_frames=frames, **fold, **changes)
 
 
 def videomae(hidden: int, heads: int):
-    def make(frames: int = 16):
+    def make(frames: int = 16, **changes):
         from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
         config = VideoMAEConfig(
@@ -31,23 +32,26 @@ def videomae(hidden: int, heads: int):
             intermediate_size=4 * hidden,
             num_labels=400,
             num_frames=frames,
+            **changes,
         )
         return FramesFirst(VideoMAEForVideoClassification(config))
 
     return make
 
 
-def timesformer(frames: int = 16):
+def timesformer(frames: int = 16, **changes):
     from transformers import TimesformerConfig, TimesformerForVideoClassification
 
-    return FramesFirst(TimesformerForVideoClassification(TimesformerConfig(num_labels=400, num_frames=frames)))
+    return FramesFirst(
+        TimesformerForVideoClassification(TimesformerConfig(num_labels=400, num_frames=frames, **changes))
+    )
 
 
 def torchvision_model(name: str):
-    def make(frames: int = 16):
+    def make(frames: int = 16, **changes):
         from torchvision.models import get_model
 
-        return get_model(name, weights=None)
+        return get_model(name, weights=None, **changes)
 
     return make
 
@@ -88,7 +92,7 @@ class Multiplications(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket in self.CALLS:
-            self.calls.append((func, [(a.shape, a.stride(), a.dtype) for a in args]))
+            self.calls.append((func, [(a.shape, a.stride(), a.dtype, a.device) for a in args]))
         return func(*args, **(kwargs or {}))
 
     def replay(self):
@@ -97,8 +101,9 @@ class Multiplications(TorchDispatchMode):
         for _, layouts in self.calls:
             for layout in layouts:
                 if layout not in made:
-                    shape, stride, dtype = layout
-                    made[layout] = torch.empty_strided(shape, stride, dtype=dtype).copy_(torch.randn(shape) * 0.02)
+                    shape, stride, dtype, device = layout
+                    made[layout] = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+                    made[layout].copy_(torch.randn(shape, device=device) * 0.02)
         ready = [(func, [made[layout] for layout in layouts]) for func, layouts in self.calls]
 
         def run():

@@ -40,7 +40,7 @@ class Clock:
 
 def step(model: nn.Module, clips: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype) -> None:
     model.zero_grad()
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+    with torch.autocast(clips.device.type, dtype, enabled=dtype != torch.float32):
         loss = F.cross_entropy(model(clips), labels)
     loss.backward()
 
@@ -64,7 +64,7 @@ def measure(dtype: torch.dtype, runs: int) -> list[dict]:
         start = time.perf_counter()
         step(model, clips, labels, dtype)
         totals.append(time.perf_counter() - start)
-        shares["scan"].append(operator_share(model, clips, labels, dtype, "cpu_scan") / totals[-1])
+        shares["scan"].append(operator_share(model, clips, labels, dtype, "scan") / totals[-1])
     clocks = {"STFP": Clock(), "local branch": Clock()}
     for module in model.modules():
         for name, kind in (("STFP", Stfp), ("local branch", LocalBranch)):

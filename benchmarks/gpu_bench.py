@@ -26,12 +26,17 @@ COLUMNS = (
     "peak_mib",
     "note",
 )
-OPTIONAL = {"mamba_ssm": "mamba-ssm", "transformers": "transformers", "torchvision": "torchvision"}  # module: package
+OPTIONAL = {  # module: package
+    "cuda.bindings": "cuda-bindings",
+    "mamba_ssm": "mamba-ssm",
+    "transformers": "transformers",
+    "torchvision": "torchvision",
+}
 Key = tuple[str, str, str]  # of a row: what, case, dtype
 
 
-class OutOfTime(Exception):
-    pass
+class OutOfTime(BaseException):
+    """Not an Exception: PyTorch's compiler would take it for a failure of its own."""
 
 
 @dataclass(frozen=True)

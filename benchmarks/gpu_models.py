@@ -17,18 +17,17 @@ INFERENCE = (
 )
 TRAINING = ("etmamba_m", VIDEOMAE, "videomamba_m", "etmamba_ti", "VideoMAE-S (transformers)")
 BATCHES = (8, 1, 32)
-# The kinds of kernels, by their names: the first that fits counts.
+# The kinds of kernels by their names, in any case: the first that fits counts.
 KINDS = {
-    "scan": r"^(etmamba_timm::)?(cpu_)?(scan|seg_)|selective_scan",
-    "short convolution": r"^(etmamba_timm::)?short_conv|causal_conv1d",
+    "scan": r"^(etmamba_timm::)?(cpu_)?scan|selective_scan",
+    "short convolution": r"^(etmamba_timm::)?short_conv",
     "local branch": r"^(etmamba_timm::)?local_conv",
-    "STFP": r"^(etmamba_timm::)?(conv_norm_relu|stage)",
-    "products": r"gemm|gemv|nvjet|cutlass|splitK|cublas|addmm|\bb?mm\b",
-    "attention": r"flash|fmha|attention|softmax",
-    "other convolutions": r"conv|cudnn|xmma",
-    "norms": r"norm|GammaBeta",
-    "copies and joins": r"cop(y|ies)|\bcat\b|Cat|memcpy|memset|transpose|nchw|nhwc|flip|fill",
-    "elementwise": r"elementwise|triton_poi|aten::(add|mul|silu|relu|gelu|exp|sum)",
+    "STFP": r"^(etmamba_timm::)?(conv_norm_relu|depthwise)",
+    "other convolutions": r"conv|cudnn|fprop|dgrad|wgrad",
+    "products": r"gemm|gemv|nvjet|cutlass|splitk|cublas|addmm|\bb?mm\b",
+    "norms": r"norm|gammabeta",
+    "copies and joins": r"cop(y|ies)|\bcat\b|catarray|memcpy|memset|transpose|nchw|nhwc|flip|fill",
+    "elementwise": r"elementwise|aten::(add|mul|silu|relu|gelu|exp|sum)",
 }
 
 
@@ -144,7 +143,7 @@ def profile_tasks(bench: Bench) -> list[Task]:
 
 def kind_of(name: str) -> str:
     """The kind of a kernel (of an operator, in a rehearsal) by its name."""
-    return next((kind for kind, names in KINDS.items() if re.search(names, name)), "other")
+    return next((kind for kind, names in KINDS.items() if re.search(names, name, re.IGNORECASE)), "other")
 
 
 def _profile(bench: Bench, what: str, case: str, function) -> None:

@@ -2,7 +2,7 @@
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -248,47 +248,48 @@ def segment_tasks(bench: Bench) -> list[Task]:
 
 
 def error(a: Tensor, b: Tensor) -> float:
-    """max|a - b| / max|b|; where b is 0 throughout, max|a|."""
+    """max|a - b| / max|b|; where b is 0 throughout, max|a|. Infinity if it isn't a number."""
     a, b = a.detach().cpu().double(), b.detach()
-    return (a - b).abs().max().item() / (b.abs().max().item() or 1.0)
+    found = (a - b).abs().max().item() / (b.abs().max().item() or 1.0)
+    return math.inf if math.isnan(found) else found
 
 
 def check(bench: Bench) -> bool:
     """Outputs and gradients of each operator, and logits of small models, against float64 on the CPU."""
     torch.backends.cudnn.allow_tf32, before = False, torch.backends.cudnn.allow_tf32
     right = True
-    for dtype, bounds in BOUNDS.items():
-        for case, operator in _small(dtype, bench.device):
-            try:
-                found = _errors(operator)
-                fine = all(e <= bound for worst, bound in zip(found, bounds, strict=True) for e in worst)
-                said = "errors of activations {:.1e}, of parameters {:.1e}".format(*map(max, found))
-            except Exception as failure:
-                fine, said = False, f"{type(failure).__name__}: {failure}"
-            right &= fine
-            print(f"{'right' if fine else 'WRONG'}: {case}, {dtype}: {said}; bounds {bounds}", flush=True)
-    for name in ("etmamba_ti", "videomamba_ti"):
-        for dtype, bound in MODEL_BOUNDS.items():
-            found = _model_error(name, DTYPES[dtype], bench.device)
-            right &= found <= bound
-            said = f"{name}, 2 blocks, {dtype}: error of logits {found:.1e}; bound {bound}"
-            print(f"{'right' if found <= bound else 'WRONG'}: {said}", flush=True)
+    for name, measure, bounds in _checks(bench.device):
+        try:
+            found = measure()
+            fine = all(error <= bound for error, bound in zip(found, bounds, strict=True))
+            said = f"errors {', '.join(f'{error:.1e}' for error in found)}; bounds {', '.join(map(str, bounds))}"
+        except Exception as failure:
+            fine, said = False, f"{type(failure).__name__}: {failure}"
+        right &= fine
+        print(f"{'right' if fine else 'WRONG'}: {name}: {said}", flush=True)
     torch.backends.cudnn.allow_tf32 = before
     return right
 
 
-def _small(dtype: str, device: torch.device) -> list[tuple[str, Operator]]:
+def _checks(device: torch.device) -> Iterator[tuple[str, Callable[[], tuple[float, ...]], tuple[float, ...]]]:
+    """The name of each check, what measures its errors, and their bounds."""
     torch.manual_seed(0)
-    shapes = ((2, 64, 300, 16), (1, 37, 131, 16), (2, 24, 70, 5))
-    cases = [("scan " + "×".join(map(str, shape)), scan(*shape, DTYPES[dtype], device)) for shape in shapes]
-    for parameters in dict.fromkeys((dtype, "float32")):
-        for shape in ((2, 3, 48, 64), (1, 2, 80, 44)):
-            made = convolutions(*shape, DTYPES[dtype], device, DTYPES[parameters])
-            cases += [(f"{name} {shape}, parameters in {parameters}", operator) for name, operator in made.items()]
-    return cases
+    for dtype, bounds in BOUNDS.items():
+        for shape in ((2, 64, 300, 16), (1, 37, 131, 16), (2, 24, 70, 5)):
+            operator = scan(*shape, DTYPES[dtype], device)
+            yield f"scan {shape}, {dtype}", partial(_errors, operator), bounds
+        for parameters in dict.fromkeys((dtype, "float32")):
+            for shape in ((2, 3, 48, 64), (1, 2, 80, 44)):
+                made = convolutions(*shape, DTYPES[dtype], device, DTYPES[parameters])
+                for name, operator in made.items():
+                    yield f"{name} {shape}, {dtype}, parameters {parameters}", partial(_errors, operator), bounds
+    for model in ("etmamba_ti", "videomamba_ti"):
+        for dtype, bound in MODEL_BOUNDS.items():
+            measure = partial(_model_errors, model, DTYPES[dtype], device)
+            yield f"logits of {model}, 2 blocks, {dtype}", measure, (bound,)
 
 
-def _errors(operator: Operator) -> tuple[list[float], list[float]]:
+def _errors(operator: Operator) -> tuple[float, float]:
     """Of the output and the activations' gradients; of the parameters' gradients."""
     leaves = [t.detach().requires_grad_() for t in operator.inputs]
     wanted = [t.detach().cpu().double().requires_grad_() for t in operator.inputs]
@@ -296,15 +297,16 @@ def _errors(operator: Operator) -> tuple[list[float], list[float]]:
     dout = torch.randn(out.shape, device=out.device).to(out.dtype)
     grads = torch.autograd.grad(out, leaves, dout)
     expected_grads = torch.autograd.grad(expected, wanted, dout.cpu().double())
-    errors = [error(a, b) for a, b in zip(grads, expected_grads, strict=True)]
-    return [error(out, expected), *errors[: operator.activations]], errors[operator.activations :]
+    errors = [error(a, b) for a, b in zip((out, *grads), (expected, *expected_grads), strict=True)]
+    first = 1 + operator.activations
+    return max(errors[:first]), max(errors[first:])
 
 
-def _model_error(name: str, dtype: torch.dtype, device: torch.device) -> float:
+def _model_errors(name: str, dtype: torch.dtype, device: torch.device) -> tuple[float]:
     torch.manual_seed(0)
     model = timm.create_model(name, depth=2, num_classes=10, num_frames=4, img_size=64).eval()
     clip = torch.randn(2, 3, 4, 64, 64)
     with torch.no_grad():
         expected = model.double()(clip.double())
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return error(model.float().to(device)(clip.to(device)), expected)
+            return (error(model.float().to(device)(clip.to(device)), expected),)

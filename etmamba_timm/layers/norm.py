@@ -1,7 +1,8 @@
 """Norms between a residual stream in float32 and layers in whatever dtype the model has."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..ops import norm
 
 
 class LayerNorm(nn.LayerNorm):
@@ -15,8 +16,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D], normalised over D."""
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
+        return norm(x, self.weight, self.bias, self.eps, self.weight.dtype)
 
 
 class RmsNorm(nn.RMSNorm):
@@ -27,4 +27,4 @@ class RmsNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D], divided by its root mean square over D."""
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
+        return norm(x, self.weight, None, self.eps, self.weight.dtype)

@@ -1,0 +1,182 @@
+"""Layer norm and RMS norm, from a residual stream in one dtype to layers in another."""
+
+import ctypes
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .kernels import load_cpu, load_gpu
+from .kernels.choice import check_shapes, state_dtype, takes
+from .kernels.load_cpu import library, pointer
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+    """Layer norm over the last dimension; without a bias, RMS norm (`x · weight / √(mean(x²) + eps)`).
+
+    One kernel on CPUs and GPUs, with sums in float32 or float64; PyTorch's operations elsewhere.
+
+    Args:
+        x: [..., D].
+        weight: [D].
+        bias: [D] or None.
+        eps: added to the variance, or to the mean square.
+        dtype: of the output.
+
+    Returns: [..., D], contiguous.
+
+    Raises:
+        ValueError: mismatched shapes.
+    """
+    width = x.shape[-1]
+    check_shapes(("weight", weight, (width,)), ("bias", bias, (width,)))
+    sums = state_dtype(x.dtype)
+    if x.dtype in (sums, dtype) and state_dtype(dtype) == sums and takes("the norm", x, weight, bias):
+        return _forward(x, weight, bias, eps, dtype)[0]
+    return _plain(x, weight, bias, eps, dtype)
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+    if bias is None:
+        return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps).to(dtype)
+    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps).to(dtype)
+
+
+@torch.library.custom_op("etmamba_timm::norm", mutates_args=(), device_types=("cpu", "cuda"))
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, and each row's mean (0 without a bias) and 1 / deviation."""
+    out, mean, scale = _empty_outputs(x, dtype)
+    x, weight, bias = x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
+    run = _run_on_gpu if load_gpu.on_gpu(x) else _run_on_cpu
+    run(x, weight, bias, eps, out, mean, scale)
+    return out, mean, scale
+
+
+@_forward.register_fake
+def _(x, weight, bias, eps, dtype):
+    return _empty_outputs(x, dtype)
+
+
+def _empty_outputs(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    mean, scale = (x.new_empty(x.shape[:-1], dtype=state_dtype(x.dtype)) for _ in range(2))
+    return x.new_empty(x.shape, dtype=dtype), mean, scale
+
+
+@torch.library.custom_op("etmamba_timm::norm_backward", mutates_args=(), device_types=("cpu", "cuda"))
+def _backward(
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, weight and bias; the last is empty without a bias."""
+    if load_gpu.on_gpu(x):
+        dx, sums = _backward_on_gpu(dout.contiguous(), x.contiguous(), weight.contiguous(), bias, mean, scale)
+    else:
+        dx, sums = _backward_on_cpu(dout, x, weight, bias, mean, scale)
+    dweight, dbias = (total.to(weight.dtype, copy=True) for total in sums)
+    return dx, dweight, dbias.to(bias.dtype) if bias is not None else x.new_empty(0)
+
+
+@_backward.register_fake
+def _(dout, x, weight, bias, mean, scale):
+    dbias = x.new_empty(0) if bias is None else torch.empty_like(bias)
+    return x.new_empty(x.shape), torch.empty_like(weight), dbias
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, bias, _, _ = inputs
+    _, mean, scale = output
+    ctx.mark_non_differentiable(mean, scale)
+    ctx.save_for_backward(x, weight, bias, mean, scale)
+
+
+def _autograd(ctx, dout, _mean, _scale):
+    x, weight, bias, mean, scale = ctx.saved_tensors
+    dx, dweight, dbias = _backward(dout, x, weight, bias, mean, scale)
+    return dx, dweight, None if bias is None else dbias, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+class _CpuArgs(ctypes.Structure):  # must match kernels/cpu/norm.cpp
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "width", "threads")),
+        ("eps", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "out", "mean", "scale")),
+    ]
+
+
+def _run_on_cpu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor, mean: Tensor, scale: Tensor
+) -> None:
+    weight, bias = weight.to(mean.dtype), None if bias is None else bias.to(mean.dtype)
+    args = _CpuArgs(mean.numel(), x.shape[-1], torch.get_num_threads(), eps)
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("out", out), ("mean", mean), ("scale", scale)):
+        setattr(args, name, pointer(tensor))
+    library().etmamba_norm(ctypes.byref(args), load_cpu.DTYPES[x.dtype], load_cpu.DTYPES[out.dtype])
+
+
+def _backward_on_cpu(
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, scale: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    sums = mean.dtype
+    dy, weight = dout.to(sums), weight.to(sums)
+    if bias is not None:
+        wanted = [True] * 3
+        dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+            dy, x.to(sums), x.shape[-1:], mean[..., None], scale[..., None], weight, bias.to(sums), wanted
+        )
+        return dx.to(x.dtype), (dweight, dbias)
+    normalised = x.to(sums) * scale[..., None]
+    dweight = (dy * normalised).flatten(0, -2).sum(0)
+    dy = dy * weight
+    dx = scale[..., None] * (dy - normalised * (dy * normalised).mean(-1, keepdim=True))
+    return dx.to(x.dtype), (dweight, dweight)
+
+
+class _GpuArgs(ctypes.Structure):  # must match kernels/gpu/norm.cu
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "width", "row_blocks")),
+        *((name, ctypes.c_int64) for name in ("x_dtype", "weight_dtype", "bias_dtype")),
+        ("eps", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "out", "dout", "mean", "scale")),
+        *((name, ctypes.c_void_p) for name in ("dx", "dparameters")),
+    ]
+
+
+def _gpu(
+    dtype: torch.dtype, eps: float, x: Tensor, weight: Tensor, bias: Tensor | None, **tensors: Tensor
+) -> tuple[load_gpu.Module, _GpuArgs]:
+    args = _GpuArgs(x.numel() // x.shape[-1], x.shape[-1], eps=eps)
+    given = {"x": x, "weight": weight, "bias": bias, **tensors}
+    for name, tensor in given.items():
+        setattr(args, name, pointer(tensor))
+    args.x_dtype, args.weight_dtype = load_gpu.DTYPES[x.dtype], load_gpu.DTYPES[weight.dtype]
+    args.bias_dtype = 0 if bias is None else load_gpu.DTYPES[bias.dtype]
+    rows = (given[name] for name in ("x", "weight", "bias", "out", "dout", "dx") if given.get(name) is not None)
+    aligned = all(map(load_gpu.in_quads, rows))
+    return load_gpu.module("norm.cu", x, DTYPE=load_gpu.DTYPES[dtype], ALIGNED=int(aligned)), args
+
+
+def _run_on_gpu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor, mean: Tensor, scale: Tensor
+) -> None:
+    module, args = _gpu(out.dtype, eps, x, weight, bias, out=out, mean=mean, scale=scale)
+    _, _, warps = module.config("row_norm")
+    module.launch("row_norm", (-(-args.rows // warps), 1, 1), args)
+
+
+def _backward_on_gpu(
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    dx, sums = torch.empty_like(x), x.new_zeros(2, x.shape[-1], dtype=torch.float32)
+    module, args = _gpu(dout.dtype, 0.0, x, weight, bias, dout=dout, mean=mean, scale=scale, dx=dx, dparameters=sums)
+    _, _, warps = module.config("row_norm_backward")
+    module.launch("row_norm_backward", (-(-args.rows // warps), 1, 1), args)
+    threads, _, columns = module.config("row_norm_parameters")
+    blocks, lanes = -(-args.width // columns), threads // columns
+    wanted = load_gpu.threads_at_once(x.device) // (blocks * threads)
+    args.row_blocks = max(1, min(wanted, -(-args.rows // (4 * lanes))))
+    module.launch("row_norm_parameters", (blocks, args.row_blocks, 1), args)
+    return dx, sums

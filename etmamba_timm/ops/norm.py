@@ -14,7 +14,8 @@ from .kernels.load_cpu import library, pointer
 def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
     """Layer norm over the last dimension; without a bias, RMS norm (`x · weight / √(mean(x²) + eps)`).
 
-    One kernel on CPUs and GPUs, with sums in float32 or float64; PyTorch's operations elsewhere.
+    One kernel on CPUs and GPUs, with sums in float32 or float64, for RMS norms and from one dtype to another, where
+    PyTorch takes several; PyTorch's operations elsewhere.
 
     Args:
         x: [..., D].
@@ -31,7 +32,8 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torc
     width = x.shape[-1]
     check_shapes(("weight", weight, (width,)), ("bias", bias, (width,)))
     sums = state_dtype(x.dtype)
-    if x.dtype in (sums, dtype) and state_dtype(dtype) == sums and takes("the norm", x, weight, bias):
+    one_dtype = bias is not None and x.dtype == dtype == weight.dtype == bias.dtype
+    if not one_dtype and x.dtype in (sums, dtype) and state_dtype(dtype) == sums and takes("the norm", x, weight, bias):
         return _forward(x, weight, bias, eps, dtype)[0]
     return _plain(x, weight, bias, eps, dtype)
 

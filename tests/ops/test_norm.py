@@ -30,7 +30,7 @@ def assert_agrees(rows: int, width: int, dtypes: tuple, rms: bool, seed: int) ->
     parameters = [(1 + randn(width) / 3).to(parameter_dtype), randn(width).to(parameter_dtype)][: 1 if rms else 2]
     inputs = [t.requires_grad_() for t in (x, *parameters)]
     wanted = [t.detach().double().requires_grad_() for t in inputs]
-    out = norm(*inputs, *([None] * rms), 1e-3, out_dtype)
+    out = MODULE._forward(*inputs, *([None] * rms), 1e-3, out_dtype)[0]
     expected = MODULE._plain(*wanted, *([None] * rms), 1e-3, torch.float64)
     dout = randn(*out.shape).to(out_dtype)
     grads = torch.autograd.grad(out, inputs, dout)
@@ -76,6 +76,13 @@ def test_operators_are_proper_ones(monkeypatch, where, rms):
     if where == "cpu":
         given = [t for t in inputs if t is not None]
         assert torch.autograd.gradcheck(lambda *t: norm(*t, *([None] * rms), 1e-5, dtype), given)
+
+
+def test_it_leaves_a_layer_norm_of_one_dtype_to_pytorch():
+    x, weight, bias = randn(3, 8).float().requires_grad_(), randn(8).float(), randn(8).float()
+    assert "LayerNorm" in norm(x, weight, bias, 1e-5, torch.float32).grad_fn.name()
+    assert "etmamba" in norm(x, weight, None, 1e-5, torch.float32).grad_fn.name()
+    assert "etmamba" in norm(x, weight.bfloat16(), bias.bfloat16(), 1e-5, torch.bfloat16).grad_fn.name()
 
 
 def test_shapes_that_do_not_fit():

@@ -16,9 +16,25 @@ struct Args {  // must match norm.py
 };
 
 template <typename S> inline S sum_of(Vec<S> v) {
-    S sum = 0;
-    for (int w = 0; w < Lanes<S>::W; ++w) sum += v[w];
-    return sum;
+    S parts[Lanes<S>::W];
+    std::memcpy(parts, &v, sizeof(v));
+#pragma GCC unroll 4
+    for (int half = Lanes<S>::W / 2; half; half /= 2)
+#pragma GCC unroll 8
+        for (int w = 0; w < half; ++w) parts[w] += parts[w + half];
+    return parts[0];
+}
+
+// The sum of f(row's elements, W at a time) over the whole vectors of a row. Four sums, so that additions don't wait for
+// each other.
+template <typename X, typename S, typename F> inline S sum_over(const X* x, int64_t whole, F f) {
+    constexpr int W = Lanes<S>::W;
+    Vec<S> sum[4] = {};
+    int64_t d = 0;
+    for (; d + 4 * W <= whole; d += 4 * W)
+        for (int k = 0; k < 4; ++k) sum[k] += f(load_row<X, S>(x + d + k * W));
+    for (; d < whole; d += W) sum[0] += f(load_row<X, S>(x + d));
+    return sum_of<S>((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
 // X: the input's type, T: the output's, S: the type of sums.
@@ -30,28 +46,29 @@ template <typename X, typename T, typename S> void run(const Args& a) {
             const X* x = (const X*)a.x + row * D;
             S mean = 0;
             if (a.bias) {
-                Vec<S> sum = {};
-                for (int64_t d = 0; d < whole; d += W) sum += load_row<X, S>(x + d);
-                mean = sum_of<S>(sum);
+                mean = sum_over<X, S>(x, whole, [](Vec<S> v) { return v; });
                 for (int64_t d = whole; d < D; ++d) mean += (S)to_float(x[d]);
                 mean /= (S)D;
             }
-            Vec<S> sum = {};
-            for (int64_t d = 0; d < whole; d += W) {
-                const Vec<S> centred = load_row<X, S>(x + d) - mean;
-                sum += centred * centred;
-            }
-            S squares = sum_of<S>(sum);
+            S squares = sum_over<X, S>(x, whole, [=](Vec<S> v) { return (v - mean) * (v - mean); });
             for (int64_t d = whole; d < D; ++d) {
                 const S centred = (S)to_float(x[d]) - mean;
                 squares += centred * centred;
             }
             const S scale = 1 / std::sqrt(squares / (S)D + (S)a.eps);
             T* out = (T*)a.out + row * D;
-            for (int64_t d = 0; d < D; d += W) {
-                const int count = (int)std::min<int64_t>(W, D - d);
-                Vec<S> y = (load<X, S>(x + d, 1, count) - mean) * scale * load<S, S>((S*)a.weight + d, 1, count);
-                if (a.bias) y += load<S, S>((S*)a.bias + d, 1, count);
+            const S* weight = (S*)a.weight;
+            const S* bias = (S*)a.bias;
+            for (int64_t d = 0; d < whole; d += W) {
+                Vec<S> y = (load_row<X, S>(x + d) - mean) * scale * load_row<S, S>(weight + d);
+                if (bias) y += load_row<S, S>(bias + d);
+                store_row<T, S>(out + d, y);
+            }
+            if (whole < D) {
+                const int64_t d = whole;
+                const int count = (int)(D - d);
+                Vec<S> y = (load<X, S>(x + d, 1, count) - mean) * scale * load<S, S>(weight + d, 1, count);
+                if (bias) y += load<S, S>(bias + d, 1, count);
                 store<T, S>(out + d, 1, count, y);
             }
             ((S*)a.mean)[row] = mean, ((S*)a.scale)[row] = scale;

@@ -37,16 +37,44 @@ inline Vec<S> convolve(const Args& a, const Segment& s, int64_t i, int64_t d, in
     return y;
 }
 
+// The same for the models' four taps, whole vectors of neighbouring channels, and steps i to i + 3, of which the first
+// has three before it: each vector of x and of the weights is read once.
+template <typename T, typename S> int64_t forward_four(const Args& a, const Segment& s, int64_t i) {
+    constexpr int64_t W = Lanes<S>::W;
+    const T* x[7];
+    T* out[4];
+    for (int64_t k = 0; k < 7; ++k) x[k] = a.x.at<T>(s.g, s.b, 0, s.t(i + k - 3));
+    for (int64_t k = 0; k < 4; ++k) out[k] = a.out.at<T>(s.g, s.b, 0, s.t(i + k));
+    const S *weight = (S*)a.weight, *bias = (S*)a.bias;
+    int64_t d = 0;
+    for (; d + W <= a.width; d += W) {
+        Vec<S> v[7], w[4];
+        for (int64_t k = 0; k < 7; ++k) v[k] = load_row<T, S>(x[k] + d);
+        for (int64_t k = 0; k < 4; ++k) w[k] = load_row<S, S>(weight + k * a.width + d);
+        const Vec<S> b = load_row<S, S>(bias + d);
+        for (int64_t k = 0; k < 4; ++k) {
+            const Vec<S> y = b + v[k] * w[0] + v[k + 1] * w[1] + v[k + 2] * w[2] + v[k + 3] * w[3];
+            store_row<T, S>(out[k] + d, y * sigmoid(y));
+        }
+    }
+    return d;
+}
+
 template <typename T, typename S> void forward(const Args& a) {
+    const bool by_four = a.taps == 4 && a.x.channel == 1 && a.out.channel == 1;
     const int64_t segments = (a.length + STEPS - 1) / STEPS;
     run_tasks(a.directions * a.batch * segments, a.threads, [&](int64_t task) {
         const Segment s(a, task, segments);
-        for (int64_t i = s.begin; i < s.end; ++i)
-            for (int64_t d = 0; d < a.width; d += Lanes<S>::W) {
-                const int count = (int)std::min<int64_t>(Lanes<S>::W, a.width - d);
-                const Vec<S> y = convolve<T, S>(a, s, i, d, count);
-                store<T, S>(a.out.at<T>(s.g, s.b, d, s.t(i)), a.out.channel, count, y * sigmoid(y));
-            }
+        for (int64_t i = s.begin; i < s.end;) {
+            const bool four = by_four && i >= 3 && i + 4 <= s.end;
+            const int64_t done = four ? forward_four<T, S>(a, s, i) : 0;
+            for (const int64_t end = i + (four ? 4 : 1); i < end; ++i)
+                for (int64_t d = done; d < a.width; d += Lanes<S>::W) {
+                    const int count = (int)std::min<int64_t>(Lanes<S>::W, a.width - d);
+                    const Vec<S> y = convolve<T, S>(a, s, i, d, count);
+                    store<T, S>(a.out.at<T>(s.g, s.b, d, s.t(i)), a.out.channel, count, y * sigmoid(y));
+                }
+        }
     });
 }
 

@@ -23,35 +23,38 @@ struct Args {  // must match local_conv.py
 constexpr int side(int scale) { return 3 + 2 * scale; }
 constexpr int first_tap(int scale) { return scale == 0 ? 0 : scale == 1 ? 9 : 34; }
 
-// The taps k for which i + (k - radius) · dilation lies within [0, size).
-struct Taps {
-    int64_t first, last, at;  // at: where tap 0 lies
-    Taps(int64_t i, int64_t size, int scale) {
-        const int64_t dilation = scale + 1, radius = side(scale) / 2;
-        at = i - radius * dilation;
-        first = at < 0 ? (-at + dilation - 1) / dilation : 0;
-        last = std::min<int64_t>(side(scale), (size - 1 - at) / dilation + 1);
-    }
-};
+constexpr int64_t BLOCK = 7;                      // neighbouring positions whose sums are in registers at once
+constexpr int64_t MARGIN = 9;                     // reach of the widest kernel
 
-template <typename S> struct Frame {  // one block of channels, [h, w]
-    int64_t height, width;
+template <typename S> struct Frame {  // one block of channels, [h, w], with zeros to both sides of each row
+    int64_t height, width, stride;
     std::vector<Vec<S>> values;
-    Frame(const Args& a) : height(a.height), width(a.width), values(height * width) {}
-    Vec<S>& operator[](int64_t p) { return values[p]; }
+    Frame(const Args& a)
+        : height(a.height), width(a.width), stride((width + BLOCK - 1) / BLOCK * BLOCK + 2 * MARGIN), values(height * stride) {
+        std::memset((void*)values.data(), 0, values.size() * sizeof(Vec<S>));
+    }
+    Vec<S>* row(int64_t i) { return &values[i * stride + MARGIN]; }
+    const Vec<S>* row(int64_t i) const { return &values[i * stride + MARGIN]; }
 
-    // The convolution at (i, j) with weights [TAPS]; `flipped` is its transpose.
-    Vec<S> convolve(const Vec<S>* weight, int scale, int64_t i, int64_t j, bool flipped) const {
-        const Taps rows(i, height, scale), columns(j, width, scale);
-        const int64_t k = side(scale), dilation = scale + 1;
-        Vec<S> sum = {};
-        for (int64_t r = rows.first; r < rows.last; ++r) {
-            const Vec<S>* x = &values[(rows.at + r * dilation) * width + columns.at];
-            const Vec<S>* w = weight + first_tap(scale) + (flipped ? (k - 1 - r) * k + k - 1 : r * k);
-            const int64_t step = flipped ? -1 : 1;
-            for (int64_t c = columns.first; c < columns.last; ++c) sum += x[c * dilation] * w[c * step];
+    // Adds the convolution at (i, j) to (i, j + BLOCK - 1) with weights [TAPS]; FLIPPED is its transpose.
+    template <int SCALE, bool FLIPPED> void convolve(const Vec<S>* weight, int64_t i, int64_t j, Vec<S>* sums) const {
+        constexpr int64_t k = side(SCALE), dilation = SCALE + 1, radius = k / 2;
+        Vec<S> sum[BLOCK];
+#pragma GCC unroll 7
+        for (int64_t u = 0; u < BLOCK; ++u) sum[u] = sums[u];
+        for (int64_t r = 0; r < k; ++r) {
+            const int64_t from = i + (r - radius) * dilation;
+            if (from < 0 || from >= height) continue;
+            const Vec<S>* x = row(from) + j - radius * dilation;
+            const Vec<S>* w = weight + first_tap(SCALE) + (FLIPPED ? (k - 1 - r) * k : r * k);
+            for (int64_t c = 0; c < k; ++c) {
+                const Vec<S> w_c = w[FLIPPED ? k - 1 - c : c];
+#pragma GCC unroll 7
+                for (int64_t u = 0; u < BLOCK; ++u) sum[u] += x[c * dilation + u] * w_c;
+            }
         }
-        return sum;
+#pragma GCC unroll 7
+        for (int64_t u = 0; u < BLOCK; ++u) sums[u] = sum[u];
     }
 };
 
@@ -66,7 +69,7 @@ template <typename S> struct Weights {  // of one block of channels
 template <typename T, typename S> void read(const Args& a, Frame<S>& x, int64_t frame, int64_t d, int count) {
     const int64_t size = a.height * a.width, first = 1 + frame % a.frames_each * size;
     for (int64_t p = 0; p < size; ++p)
-        x[p] = load<T, S>(a.x.at<T>(0, frame / a.frames_each, d, first + p), a.x.channel, count);
+        x.row(p / a.width)[p % a.width] = load<T, S>(a.x.at<T>(0, frame / a.frames_each, d, first + p), a.x.channel, count);
 }
 
 // Calls work(frame, d, count) for the task's block of channels and each of its frames.
@@ -79,6 +82,26 @@ template <typename S, typename Work> void for_frames(const Args& a, int64_t task
 
 template <typename S> int64_t tasks(const Args& a) { return a.groups * ((a.channels + Lanes<S>::W - 1) / Lanes<S>::W); }
 
+// The inputs of SiLU at (i, j) to (i, j + BLOCK - 1): the three convolutions and x itself.
+template <typename S> struct Local {
+    Vec<S> y[SCALES + 1][BLOCK];
+    Local(const Frame<S>& x, const Weights<S>& w, int64_t i, int64_t j) {
+        for (int64_t u = 0; u < BLOCK; ++u) {
+            for (int s = 0; s < SCALES; ++s) y[s][u] = w.bias[s];
+            y[SCALES][u] = x.row(i)[j + u];
+        }
+        x.template convolve<0, false>(w.weight, i, j, y[0]);
+        x.template convolve<1, false>(w.weight, i, j, y[1]);
+        x.template convolve<2, false>(w.weight, i, j, y[2]);
+    }
+};
+
+// Calls work(i, j, positions) for each block of neighbouring positions.
+template <typename Work> void for_blocks(const Args& a, Work work) {
+    for (int64_t i = 0; i < a.height; ++i)
+        for (int64_t j = 0; j < a.width; j += BLOCK) work(i, j, std::min(BLOCK, a.width - j));
+}
+
 template <typename T, typename S> void forward(const Args& a) {
     run_tasks(tasks<S>(a), a.threads, [&](int64_t task) {
         const int64_t begin = task / a.groups * Lanes<S>::W;
@@ -87,19 +110,36 @@ template <typename T, typename S> void forward(const Args& a) {
         for_frames<S>(a, task, [&](int64_t frame, int64_t d, int count) {
             read<T>(a, x, frame, d, count);
             const int64_t b = frame / a.frames_each, first = 1 + frame % a.frames_each * a.height * a.width;
-            for (int64_t i = 0; i < a.height; ++i)
-                for (int64_t j = 0; j < a.width; ++j) {
-                    const int64_t p = i * a.width + j;
+            for_blocks(a, [&](int64_t i, int64_t j, int64_t positions) {
+                const Local<S> local(x, w, i, j);
+                for (int64_t u = 0; u < positions; ++u)
                     for (int s = 0; s <= SCALES; ++s) {
-                        const Vec<S> y = s < SCALES ? x.convolve(w.weight, s, i, j, false) + w.bias[s] : x[p];
-                        const int64_t channel = s * a.channels + d;
-                        const S* from = a.residual.at<S>(0, b, channel, first + p);
+                        const Vec<S> y = local.y[s][u];
+                        const int64_t channel = s * a.channels + d, p = first + i * a.width + j + u;
+                        const S* from = a.residual.at<S>(0, b, channel, p);
                         const Vec<S> out = y * sigmoid(y) + load<S, S>(from, a.residual.channel, count);
-                        store<S, S>(a.out.at<S>(0, b, channel, first + p), a.out.channel, count, out);
+                        store<S, S>(a.out.at<S>(0, b, channel, p), a.out.channel, count, out);
                     }
-                }
+            });
         });
     });
+}
+
+// Adds to dweight what a frame contributes: for each tap, the sum over the positions that it is used at.
+template <int SCALE, typename S> void add_weight_gradients(const Frame<S>& x, const Frame<S>& dy, Vec<S>* dweight) {
+    constexpr int64_t k = side(SCALE), dilation = SCALE + 1, radius = k / 2;
+    for (int64_t i = 0; i < x.height; ++i)
+        for (int64_t r = 0; r < k; ++r) {
+            const int64_t from = i + (r - radius) * dilation;
+            if (from < 0 || from >= x.height) continue;
+            const Vec<S>*x_row = x.row(from) - radius * dilation, *dy_row = dy.row(i);
+            Vec<S> sum[k] = {};
+            for (int64_t j = 0; j < x.width; ++j)
+                for (int64_t c = 0; c < k; ++c) sum[c] += dy_row[j] * x_row[j + c * dilation];
+            for (int64_t c = 0; c < k; ++c) dweight[first_tap(SCALE) + r * k + c] += sum[c];
+        }
+    for (int64_t i = 0; i < x.height; ++i)
+        for (int64_t j = 0; j < x.width; ++j) dweight[TAPS + SCALE] += dy.row(i)[j];
 }
 
 template <typename T, typename S> void backward(const Args& a) {
@@ -109,46 +149,32 @@ template <typename T, typename S> void backward(const Args& a) {
         const int own = (int)std::min<int64_t>(Lanes<S>::W, a.channels - begin);
         const Weights<S> w(a, begin, own);
         V dweight[TAPS + SCALES] = {};
-        Frame<S> x(a), dx(a);
-        Frame<S> dy[SCALES] = {Frame<S>(a), Frame<S>(a), Frame<S>(a)};
+        Frame<S> x(a);
+        Frame<S> dy[SCALES + 1] = {Frame<S>(a), Frame<S>(a), Frame<S>(a), Frame<S>(a)};
         for_frames<S>(a, task, [&](int64_t frame, int64_t d, int count) {
             read<T>(a, x, frame, d, count);
             const int64_t b = frame / a.frames_each, first = 1 + frame % a.frames_each * a.height * a.width;
-            for (int64_t i = 0; i < a.height; ++i)  // through SiLU
-                for (int64_t j = 0; j < a.width; ++j) {
-                    const int64_t p = i * a.width + j;
+            for_blocks(a, [&](int64_t i, int64_t j, int64_t positions) {  // through SiLU
+                const Local<S> local(x, w, i, j);
+                for (int64_t u = 0; u < positions; ++u)
                     for (int s = 0; s <= SCALES; ++s) {
-                        const V y = s < SCALES ? x.convolve(w.weight, s, i, j, false) + w.bias[s] : x[p];
-                        const V gate = sigmoid(y);
-                        const S* from = a.dout.at<S>(0, b, s * a.channels + d, first + p);
-                        (s < SCALES ? dy[s] : dx)[p] = load<S, S>(from, a.dout.channel, count) * gate * (1 + y * (1 - gate));
+                        const V y = local.y[s][u], gate = sigmoid(y);
+                        const S* from = a.dout.at<S>(0, b, s * a.channels + d, first + i * a.width + j + u);
+                        dy[s].row(i)[j + u] = load<S, S>(from, a.dout.channel, count) * gate * (1 + y * (1 - gate));
                     }
-                }
-            for (int s = 0; s < SCALES; ++s) {  // gradients of the weights: each tap's sum over the positions it is used at
-                const int64_t k = side(s), dilation = s + 1;
-                for (int64_t i = 0; i < a.height; ++i) {
-                    const Taps rows(i, a.height, s);
-                    for (int64_t r = rows.first; r < rows.last; ++r)
-                        for (int64_t c = 0; c < k; ++c) {
-                            const int64_t shift = (c - k / 2) * dilation;
-                            const V *from = &x[(rows.at + r * dilation) * a.width] + shift, *to = &dy[s][i * a.width];
-                            V even = {}, odd = {};
-                            const int64_t last = std::min(a.width, a.width - shift);
-                            int64_t j = std::max<int64_t>(0, -shift);
-                            for (; j + 1 < last; j += 2) even += to[j] * from[j], odd += to[j + 1] * from[j + 1];
-                            if (j < last) even += to[j] * from[j];
-                            dweight[first_tap(s) + r * k + c] += even + odd;
-                        }
-                }
-                for (int64_t p = 0; p < a.height * a.width; ++p) dweight[TAPS + s] += dy[s][p];
-            }
-            for (int64_t i = 0; i < a.height; ++i)
-                for (int64_t j = 0; j < a.width; ++j) {
-                    const int64_t p = i * a.width + j;
-                    V sum = dx[p];
-                    for (int s = 0; s < SCALES; ++s) sum += dy[s].convolve(w.weight, s, i, j, true);
-                    store<T, S>(a.dx.at<T>(0, b, d, first + p), a.dx.channel, count, sum);
-                }
+            });
+            add_weight_gradients<0>(x, dy[0], dweight);
+            add_weight_gradients<1>(x, dy[1], dweight);
+            add_weight_gradients<2>(x, dy[2], dweight);
+            for_blocks(a, [&](int64_t i, int64_t j, int64_t positions) {
+                V sums[BLOCK];
+                for (int64_t u = 0; u < BLOCK; ++u) sums[u] = dy[SCALES].row(i)[j + u];
+                dy[0].template convolve<0, true>(w.weight, i, j, sums);
+                dy[1].template convolve<1, true>(w.weight, i, j, sums);
+                dy[2].template convolve<2, true>(w.weight, i, j, sums);
+                for (int64_t u = 0; u < positions; ++u)
+                    store<T, S>(a.dx.at<T>(0, b, d, first + i * a.width + j + u), a.dx.channel, count, sums[u]);
+            });
         });
         for (int k = 0; k < TAPS + SCALES; ++k)
             put_lanes<S>((S*)a.dweight + (task % a.groups * (TAPS + SCALES) + k) * a.channels, begin, 1, own, dweight[k]);

@@ -24,6 +24,7 @@ class RmsNorm(nn.RMSNorm):
 
     def __init__(self, dim: int, eps: float = 1e-5, device=None, dtype=None) -> None:
         super().__init__(dim, eps=eps, device=device, dtype=dtype)
+        self.eps: float
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D], divided by its root mean square over D."""

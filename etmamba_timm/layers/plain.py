@@ -28,14 +28,21 @@ _GLOBAL_HOOKS = (
 
 
 def plain_weights(module: nn.Module, kind: type[nn.Module]) -> Weights | None:
-    """Weight and bias of a plain module, or None for a module that has to be called.
+    """Weight and bias of a plain module, or None for a module that has to be called, or has no bias."""
+    if not is_plain(module, kind) or module.weight is None or module.bias is None:
+        return None
+    return cast(Tensor, module.weight), cast(Tensor, module.bias)
 
-    Plain means: of exactly the type `kind` (a parametrisation changes the type), with weight and bias, with no hooks
-    on its call, and with its class's forward. Hooks that are registered for all modules at once count as well, except
-    those of PyTorch's own trackers (of `FlopCounterMode`, say). These only watch, and what they measure should be what
-    the model runs without them.
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module's call is what its class and weights say.
+
+    Plain means: of exactly the type `kind` (a parametrisation changes the type), with no hooks on its call, and with
+    its class's forward. Hooks that are registered for all modules at once count as well, except those of PyTorch's own
+    trackers (of `FlopCounterMode`, say). These only watch, and what they measure should be what the model runs without
+    them.
     """
-    if (
+    return not (
         type(module) is not kind
         or "forward" in module.__dict__
         or module._forward_hooks
@@ -43,10 +50,7 @@ def plain_weights(module: nn.Module, kind: type[nn.Module]) -> Weights | None:
         or module._backward_hooks
         or module._backward_pre_hooks
         or (any(_GLOBAL_HOOKS) and not all(_is_pytorchs(hook) for hooks in _GLOBAL_HOOKS for hook in hooks.values()))
-    ):
-        return None
-    weight, bias = module.weight, module.bias
-    return None if weight is None or bias is None else (cast(Tensor, weight), cast(Tensor, bias))
+    )
 
 
 def plain_conv(

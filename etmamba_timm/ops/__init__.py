@@ -1,6 +1,7 @@
-"""The operators of the models: the selective scan, and convolutions with a kernel of their own on the CPU."""
+"""The operators of the models, with kernels of their own for CPUs and GPUs."""
 
 from .conv_norm_relu import conv_norm_relu
+from .kernels.load_gpu import on_gpu
 from .local_conv import local_conv
 from .norm import norm
 from .scan import bidirectional_scan, scan_backends, selective_scan
@@ -11,6 +12,7 @@ __all__ = [
     "conv_norm_relu",
     "local_conv",
     "norm",
+    "on_gpu",
     "scan_backends",
     "selective_scan",
     "short_conv",

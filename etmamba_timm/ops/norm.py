@@ -71,10 +71,8 @@ def _backward(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, weight and bias; the last is empty without a bias."""
-    if load_gpu.on_gpu(x):
-        dx, sums = _backward_on_gpu(dout.contiguous(), x.contiguous(), weight.contiguous(), bias, mean, scale)
-    else:
-        dx, sums = _backward_on_cpu(dout, x, weight, bias, mean, scale)
+    backward = _backward_on_gpu if load_gpu.on_gpu(x) else _backward_on_cpu
+    dx, *sums = backward(dout.contiguous(), x.contiguous(), weight.contiguous(), bias, mean, scale)
     dweight, dbias = (total.to(weight.dtype, copy=True) for total in sums)
     return dx, dweight, dbias.to(bias.dtype) if bias is not None else x.new_empty(0)
 
@@ -121,7 +119,7 @@ def _run_on_cpu(
 
 def _backward_on_cpu(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, scale: Tensor
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor]:
     sums = mean.dtype
     dy, weight = dout.to(sums), weight.to(sums)
     if bias is not None:
@@ -129,12 +127,12 @@ def _backward_on_cpu(
         dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
             dy, x.to(sums), x.shape[-1:], mean[..., None], scale[..., None], weight, bias.to(sums), wanted
         )
-        return dx.to(x.dtype), (dweight, dbias)
+        return dx.to(x.dtype), dweight, dbias
     normalised = x.to(sums) * scale[..., None]
     dweight = (dy * normalised).flatten(0, -2).sum(0)
     dy = dy * weight
     dx = scale[..., None] * (dy - normalised * (dy * normalised).mean(-1, keepdim=True))
-    return dx.to(x.dtype), (dweight, dweight)
+    return dx.to(x.dtype), dweight, dweight
 
 
 class _GpuArgs(ctypes.Structure):  # must match kernels/gpu/norm.cu
@@ -156,8 +154,8 @@ def _gpu(
         setattr(args, name, pointer(tensor))
     args.x_dtype, args.weight_dtype = load_gpu.DTYPES[x.dtype], load_gpu.DTYPES[weight.dtype]
     args.bias_dtype = 0 if bias is None else load_gpu.DTYPES[bias.dtype]
-    rows = (given[name] for name in ("x", "weight", "bias", "out", "dout", "dx") if given.get(name) is not None)
-    aligned = all(map(load_gpu.in_quads, rows))
+    read = [given.get(name) for name in ("x", "weight", "bias", "out", "dout", "dx")]
+    aligned = all(load_gpu.in_quads(t) for t in read if t is not None)
     return load_gpu.module("norm.cu", x, DTYPE=load_gpu.DTYPES[dtype], ALIGNED=int(aligned)), args
 
 
@@ -171,7 +169,7 @@ def _run_on_gpu(
 
 def _backward_on_gpu(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     dx, sums = torch.empty_like(x), x.new_zeros(2, x.shape[-1], dtype=torch.float32)
     module, args = _gpu(dout.dtype, 0.0, x, weight, bias, dout=dout, mean=mean, scale=scale, dx=dx, dparameters=sums)
     _, _, warps = module.config("row_norm_backward")
@@ -181,4 +179,4 @@ def _backward_on_gpu(
     wanted = load_gpu.threads_at_once(x.device) // (blocks * threads)
     args.row_blocks = max(1, min(wanted, -(-args.rows // (4 * lanes))))
     module.launch("row_norm_parameters", (blocks, args.row_blocks, 1), args)
-    return dx, sums
+    return dx, sums[0], sums[1]

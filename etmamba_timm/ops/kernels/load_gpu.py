@@ -17,12 +17,13 @@ from . import build_gpu
 _logger = logging.getLogger(__name__)
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # must match gpu/kernel.h
+DEVICES = ("cuda",)
 OLDEST = (8, 0)  # the compute capability from which on asynchronous copies exist
 
 
 def on_gpu(x: Tensor) -> bool:
     """Whether an operator on x is one for the GPU kernels."""
-    return x.device.type == "cuda"
+    return x.device.type in DEVICES
 
 
 def why_not() -> str | None:

@@ -27,7 +27,7 @@ torch.cuda.get_device_capability = lambda device: (9, 0)
 torch.cuda.current_stream = lambda device: SimpleNamespace(cuda_stream=77)
 build_gpu.compile_gpu = compile_gpu
 device = torch.device("cuda", 0)
-load_gpu.on_gpu, choice.gpu_why_not, load_gpu.processors = lambda x: True, lambda device: None, lambda device: 4
+load_gpu.DEVICES, choice.gpu_why_not, load_gpu.processors = ("cpu",), lambda device: None, lambda device: 4
 load_gpu.module = lambda source, like, **defines: load_gpu._module(source, tuple(defines.items()), device)
 
 x, weight = torch.randn(2, 3, 40, 8, requires_grad=True), torch.randn(8, 1, 4)

@@ -27,7 +27,7 @@ from etmamba_timm.layers import EbsBlock
 from etmamba_timm.layers.ssm import ssm
 from etmamba_timm.ops import selective_scan
 
-KERNELS = {"cpu_scan", "short_conv", "local_conv", "conv_norm_relu"}
+KERNELS = {"scan", "short_conv", "local_conv", "conv_norm_relu"}
 FUSED = {  # the submodules of STFP and STCM whose work a kernel does, and which kernel
     "stem.conv1.depthwise": "conv_norm_relu",
     "stem.skip.pointwise": "conv_norm_relu",
@@ -130,7 +130,7 @@ def test_wrappers_may_return_another_dtype():
 @pytest.mark.parametrize("name", MODELS)
 def test_an_untouched_model_runs_the_kernels(name):
     seen = operators(small(name), clip())
-    assert set(seen) >= {"cpu_scan", "short_conv"}
+    assert set(seen) >= {"scan", "short_conv"}
     assert ("conv_norm_relu" in seen) == (name != "videomamba_ti")
     assert ("local_conv" in seen) == (name == "etmamba_ti")
     assert seen.count("convolution") == 1  # the patches
@@ -207,7 +207,7 @@ def test_pytorchs_own_trackers_see_what_runs_without_them():
     for leaf in leaves(model).values():
         leaf.register_forward_hook(look)
     with FlopCounterMode(display=False) as counter:
-        assert KERNELS & set(operators(model, x)) == {"cpu_scan"}
+        assert KERNELS & set(operators(model, x)) == {"scan"}
     assert counter.get_total_flops() == fused
 
 

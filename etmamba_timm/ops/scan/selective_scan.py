@@ -11,14 +11,15 @@ from torch import Tensor
 
 from ..kernels.choice import state_dtype
 from ..kernels.load_cpu import DTYPES
-from . import chunked, cpu, mamba_ssm, reference
+from . import chunked, fused, mamba_ssm, reference
 from .backend import Backend, ScanInputs
 
 _logger = logging.getLogger(__name__)
 _announced: set[str] = set()
 
 # Fastest first: 'auto' takes the first that can run.
-BACKENDS = {row.name: row for row in (mamba_ssm.BACKEND, cpu.BACKEND, chunked.BACKEND, reference.BACKEND)}
+_ROWS = (fused.GPU, mamba_ssm.BACKEND, fused.CPU, chunked.BACKEND, reference.BACKEND)
+BACKENDS = {row.name: row for row in _ROWS}
 
 PREFERRED = os.environ.get("ETMAMBA_SCAN", "")
 

@@ -231,14 +231,14 @@ def test_threads_do_not_change_the_result(backend):
 @pytest.mark.parametrize("backend", [name for name in HERE if name == "cpu"])
 def test_cpu_operator_is_a_proper_one(backend):
     """Schema, fake implementation, autograd registration and tracing, by torch's own checks."""
-    from etmamba_timm.ops.scan import cpu
+    from etmamba_timm.ops.scan import fused
 
     for optional in (True, False):
         args = both_directions(arguments(4, 5, 40, 4, torch.float32, optional=optional))
-        torch.library.opcheck(cpu._forward, (2, True, *args.values(), True))
-        out, _, states = cpu._forward(2, True, *args.values(), True)
+        torch.library.opcheck(fused._forward, (2, True, *args.values(), True))
+        out, _, states = fused._forward(2, True, *args.values(), True)
         with torch.no_grad():
-            torch.library.opcheck(cpu._backward, (torch.randn_like(out), states, 2, *args.values(), True))
+            torch.library.opcheck(fused._backward, (torch.randn_like(out), states, 2, *args.values(), True))
 
 
 @pytest.mark.parametrize("backend", [name for name in HERE if name == "cpu"])

@@ -64,7 +64,7 @@ def measure(dtype: torch.dtype, runs: int) -> list[dict]:
         start = time.perf_counter()
         step(model, clips, labels, dtype)
         totals.append(time.perf_counter() - start)
-        shares["scan"].append(operator_share(model, clips, labels, dtype, "scan") / totals[-1])
+        shares["scan"].append(operator_share(model, clips, labels, dtype, "etmamba_timm::scan") / totals[-1])
     clocks = {"STFP": Clock(), "local branch": Clock()}
     for module in model.modules():
         for name, kind in (("STFP", Stfp), ("local branch", LocalBranch)):

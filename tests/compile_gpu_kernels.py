@@ -9,11 +9,14 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 from etmamba_timm.ops.kernels import build_gpu
+from etmamba_timm.ops.scan import gpu
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # The macros of each file besides DTYPE, as the models use them.
 MACROS: dict[str, list[dict[str, int]]] = {
     "norm.cu": [{"ALIGNED": aligned} for aligned in (0, 1)],
+    "scan_backward.cu": [{"ALIGNED": aligned, "KEEP": gpu.KEEP} for aligned in (0, 1)],
+    "scan_forward.cu": [{"ALIGNED": aligned, "KEEP": gpu.KEEP} for aligned in (0, 1)],
     "short_conv.cu": [{"ALIGNED": aligned, "TAPS": 4} for aligned in (0, 1)],
 }
 

@@ -35,8 +35,8 @@ def segments(blocks: int, length: int, processors: int, backward: bool = False) 
 
     More segments fill a device that has few blocks, but each step of a segment is worked twice. Measured on one H200
     (132 multiprocessors) with 3,137 steps, for batch × width, the best of those tried: forward 1 from 8 × 576 on, 12 to
-    16 for 1 × 576, 24 to 32 for 1 × 192; backward 6 for 8 × 576, 24 for 1 × 576, 1 to 3 for 8 × 1152 and 32 × 576. Other
-    devices are extrapolated: as many blocks for each multiprocessor.
+    16 for 1 × 576, 24 to 32 for 1 × 192; backward 6 for 8 × 576, 24 for 1 × 576, 1 to 3 for 8 × 1152 and 32 × 576.
+    Other devices are extrapolated: as many blocks for each multiprocessor.
 
     Args:
         blocks: rows (batch times directions) times blocks of channels.

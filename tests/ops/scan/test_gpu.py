@@ -9,6 +9,7 @@ from emulated import ORDERS, emulate, needs_emulation
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mamba_ssm_cases import SCANS, assert_close, forward_and_backward, only_reference
+from parts import drawn
 from scan_mutants import MUTANTS, spoils
 from test_selective_scan import BOUNDS, PARAMETERS, arguments, both_directions, error, gradients, in_float64
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -278,10 +279,12 @@ def test_short_sequences_have_one_segment():
 # --- models --------------------------------------------------------------------------------------
 
 
-def model_and_clip(name: str, **others) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
+def model_and_clip(name: str, size: int = 48, frames: int = 4, **others):
+    """A small model, a clip for it, and weights of its outputs."""
     torch.manual_seed(0)
-    sizes = {"depth": 2, "embed_dim": 64, "img_size": 48, "num_frames": 4, "num_classes": 7}
-    return timm.create_model(name, **sizes, **others).eval(), torch.randn(2, 3, 4, 48, 48), torch.randn(2, 7)
+    sizes = {"depth": 2, "embed_dim": 64, "img_size": size, "num_frames": frames, "num_classes": 7}
+    model = timm.create_model(name, **sizes, **others).eval()
+    return model, torch.randn(2, 3, frames, size, size), torch.randn(2, 7)
 
 
 @pytest.mark.parametrize("name", ["etmamba_ti", "videomamba_ti"])
@@ -300,9 +303,10 @@ def test_models_agree_with_the_reference(monkeypatch, name):
 @pytest.mark.parametrize("name", ["etmamba_ti", "videomamba_ti"])
 def test_both_directions_are_live(name):
     """The last patch reaches the first and the first the last, through the mixers alone."""
-    model, clip, _ = model_and_clip(name, stem="none")
+    model, clip, _ = model_and_clip(name, size=32, frames=2, stem="none")
+    drawn(model, torch.float32)
     before = model.forward_features(clip)
-    last, first = (..., -1, slice(32, 48), slice(32, 48)), (..., 0, slice(0, 16), slice(0, 16))
+    last, first = (..., 1, slice(16, 32), slice(16, 32)), (..., 0, slice(0, 16), slice(0, 16))
     for changed, watched in ((last, 1), (first, -1)):
         x = clip.clone()
         x[changed] += 1
@@ -312,7 +316,7 @@ def test_both_directions_are_live(name):
 # --- the tests themselves ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mutant", [MUTANTS[0], MUTANTS[-1]], ids=str)
+@pytest.mark.parametrize("mutant", [MUTANTS[4], MUTANTS[11]], ids=str)
 def test_a_missing_barrier_shows(monkeypatch, tmp_path, mutant):
     """`python tests/ops/scan/scan_mutants.py` takes out every barrier and every wait, one at a time."""
     assert spoils(mutant, monkeypatch, tmp_path)

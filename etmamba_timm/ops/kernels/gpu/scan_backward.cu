@@ -11,6 +11,11 @@ constexpr int PER_LANE = 2;                        // channels a lane
 constexpr int THREADS = CHANNELS * LANES / PER_LANE, WARPS = THREADS / 32;
 constexpr int TILES = KEEP / TILE, GROUPS = TILE / GROUP;
 constexpr int SPREAD = CHANNELS / 4 + 2;           // see slot_of
+#if __CUDA_ARCH__ >= 1000
+constexpr int BLOCKS = 6;  // of a multiprocessor: 168 registers a thread; with 128 some are spilled there
+#else
+constexpr int BLOCKS = 8;
+#endif
 static_assert(TILE * CHANNELS / 4 == THREADS && TILE * 8 == THREADS && KEEP % TILE == 0, "a quad a thread");
 
 struct Shared {
@@ -273,7 +278,7 @@ FN void start(const Args& a, Shared& s, const Place& place) {
     __syncthreads();
 }
 
-KERNEL(scan_backward, THREADS, blocks_at_once(8, sizeof(Shared))) {
+KERNEL(scan_backward, THREADS, blocks_at_once(BLOCKS, sizeof(Shared))) {
     SHARED(Shared, s);
     const Place place(a);
     const int length = (int)a.length, segment = blockIdx.y, first_chunk = segment * (int)(a.steps / KEEP);

@@ -1,0 +1,312 @@
+// The local branch of STCM on a GPU: dilated depthwise convolutions at three scales within each frame, SiLU, and the
+// residual, forward and backward. Called from local_conv.py.
+//
+// A thread takes two neighbouring channels of a line: a row of a picture or, of rows wider than 16, a part. It reads all
+// columns of a row of x into registers at once, for all taps of one row of taps. WIDTH, that of the pictures, is known at
+// compile time, so that taps outside the picture cost nothing. A block takes LINES lines of the same CHANNELS channels.
+
+#include "kernel.h"
+
+constexpr int SCALES = 3;  // kernels of 3, 5 and 7 taps a side, dilated by 1, 2 and 3
+constexpr int side(int scale) { return 3 + 2 * scale; }
+constexpr int first_tap(int scale) { return scale == 0 ? 0 : scale == 1 ? 9 : 34; }
+constexpr int TAPS = 9 + 25 + 49;
+
+constexpr int PARTS = ceil_div(WIDTH, 16), COLUMNS = ceil_div(WIDTH, PARTS);  // lines of a row, columns of a line
+constexpr int PAIRS = 24, CHANNELS = 2 * PAIRS, LINES = 8, THREADS = PAIRS * LINES;
+constexpr int BLOCKS = PARTS == 1 ? 3 : 2;  // at once on a multiprocessor: how many registers a thread may have
+constexpr int PITCH = CHANNELS + 2;  // in shared memory: neighbouring taps of a channel lie in different banks
+constexpr int SUMMED = 32, SUMMERS = 8;  // the last sums: channels of a block, threads of a channel
+
+struct Parameter { void* data; i64 dtype; };  // contiguous
+
+struct Args {  // must match local_conv.py
+    i64 frames_each, height, channels, lines, stretches;  // frames_each: in a sequence; stretches: see the last kernels
+    // Tokens [1, B, C, 1 + t·h·w], class token first; residual, out and dout with 4C channels, in float32.
+    // dconv: gradients of the convolutions' outputs, with 3C channels.
+    Strided x, residual, out, dout, dx, dconv;
+    Parameter parameters[2 * SCALES], gradients[2 * SCALES];  // three of [C, 1, k, k], three of [C]
+    float* sums;  // [stretches, TAPS + SCALES, C]: parts of the parameters' gradients
+};
+
+struct Shared { float weight[TAPS][PITCH], bias[SCALES][PITCH]; };
+
+CONFIG(local_conv, THREADS, sizeof(Shared), CHANNELS, LINES, PARTS)
+CONFIG(local_conv_dconv, THREADS, sizeof(Shared), CHANNELS, LINES, PARTS)
+CONFIG(local_conv_backward, THREADS, sizeof(Shared), CHANNELS, LINES, PARTS)
+CONFIG(local_conv_sum, SUMMED * SUMMERS, SUMMED * SUMMERS * sizeof(float), SUMMED, TAPS + SCALES)
+
+// Two channels, `channel` elements apart; the second is 0 where there is none.
+FN float2 load_pair(const float* at, i64 channel, bool second) {
+#if ALIGNED
+    return *(const float2*)at;
+#else
+    return make_float2(at[0], second ? at[channel] : 0.f);
+#endif
+}
+FN void store_pair(float* at, i64 channel, bool second, float2 x) {
+#if ALIGNED
+    *(float2*)at = x;
+#else
+    at[0] = x.x;
+    if (second) at[channel] = x.y;
+#endif
+}
+#if DTYPE != 0
+FN float2 load_pair(const T* at, i64 channel, bool second) {
+#if ALIGNED
+    float x[2];
+    unpack2(*(const unsigned*)at, x);
+    return make_float2(x[0], x[1]);
+#else
+    return make_float2(to_float(at[0]), second ? to_float(at[channel]) : 0.f);
+#endif
+}
+FN void store_pair(T* at, i64 channel, bool second, float2 x) {
+#if ALIGNED
+    *(unsigned*)at = pack2(x.x, x.y);
+#else
+    at[0] = from_float(x.x);
+    if (second) at[channel] = from_float(x.y);
+#endif
+}
+#endif
+
+FN void add_product(float2& sum, float2 a, float2 b) { sum.x = fmaf(a.x, b.x, sum.x), sum.y = fmaf(a.y, b.y, sum.y); }
+
+// A line and a pair of channels.
+struct Place {
+    i64 batch, token, channel;     // token: that of the row's first column
+    int row, column, height, pair;  // column: the line's first
+    bool second;                   // whether the pair's second channel exists
+
+    FN Place(const Args& a, i64 line, i64 tile) : height((int)a.height), pair(threadIdx.x % PAIRS) {
+        const i64 rows_each = a.frames_each * a.height, row_of_all = line / PARTS;
+        batch = row_of_all / rows_each;
+        token = 1 + row_of_all % rows_each * WIDTH;
+        row = (int)(row_of_all % rows_each % a.height);
+        column = (int)(line % PARTS) * COLUMNS;
+        channel = tile * CHANNELS + 2 * pair;
+        second = channel + 1 < a.channels;
+    }
+    FN void next(const Args& a) {  // the next line
+        column += COLUMNS;
+        if (PARTS > 1 && column < PARTS * COLUMNS) return;
+        column = 0, token += WIDTH, row = row + 1 == height ? 0 : row + 1;
+        if (token == 1 + a.frames_each * a.height * WIDTH) token = 1, ++batch;
+    }
+    // Whether the picture has column `o` of the line. Known at compile time if a line is a row.
+    FN bool has(int o) const { return (PARTS == 1 && o < COLUMNS) || (column + o >= 0 && column + o < WIDTH); }
+    FN bool has_row(int away) const { return row + away >= 0 && row + away < height; }
+    // The pair in column 0, some rows away, of the channels from `scale`·C on.
+    template <typename E> FN E* at(const Strided& x, const Args& a, int scale, int away = 0) const {
+        const i64 first = token + (i64)away * WIDTH + column;
+        return (E*)x.data + batch * x.batch + first * x.time + (channel + scale * a.channels) * x.channel;
+    }
+    // The first line of a sequence does the class token's work.
+    FN bool first_of_sequence() const { return token == 1 && column == 0; }
+    template <typename E> FN E* class_token(const Strided& x, const Args& a, int scale) const {
+        return (E*)x.data + batch * x.batch + (channel + scale * a.channels) * x.channel;
+    }
+};
+
+// The line's columns, and HALO more on either side; 0 outside the picture.
+template <int HALO, typename E>
+FN void load_line(const E* from, const Strided& x, const Place& p, float2* values) {
+    from -= HALO * x.time;
+#pragma unroll
+    for (int o = 0; o < COLUMNS + 2 * HALO; ++o, from += x.time)
+        values[o] = p.has(o - HALO) ? load_pair(from, x.channel, p.second) : make_float2(0.f, 0.f);
+}
+
+// The columns beyond a line's ends that a row of taps needs. No halo if a line is a row: there they are 0.
+template <int SCALE> constexpr int HALO = PARTS == 1 ? 0 : side(SCALE) / 2 * (SCALE + 1);
+// For column `o`, where the c-th tap of a row of taps is among the values of load_line; outside them it is 0.
+template <int SCALE> constexpr int place_of(int o, int c) { return HALO<SCALE> + o + (c - side(SCALE) / 2) * (SCALE + 1); }
+template <int SCALE> constexpr bool within(int place) { return place >= 0 && place < COLUMNS + 2 * HALO<SCALE>; }
+
+// Adds the convolution of a line with the weights of a scale; if FLIPPED, its transpose. `scale`: of the tensor's channels.
+template <int SCALE, bool FLIPPED>
+FN void convolve(const Args& a, const Strided& x, int scale, const Place& p, const Shared& shared, float2* sums) {
+    constexpr int K = side(SCALE);
+#pragma unroll 1
+    for (int r = 0; r < K; ++r) {
+        const int away = (r - K / 2) * (SCALE + 1);
+        if (!p.has_row(away)) continue;
+        float2 values[COLUMNS + 2 * HALO<SCALE>];
+        load_line<HALO<SCALE>>(p.at<const T>(x, a, scale, away), x, p, values);
+        const float* weights = &shared.weight[first_tap(SCALE) + (FLIPPED ? K - 1 - r : r) * K][2 * p.pair];
+#pragma unroll
+        for (int c = 0; c < K; ++c) {
+            const float2 weight = *(const float2*)(weights + (FLIPPED ? K - 1 - c : c) * PITCH);
+#pragma unroll
+            for (int o = 0; o < COLUMNS; ++o) {
+                const int place = place_of<SCALE>(o, c);
+                if (within<SCALE>(place)) add_product(sums[o], weight, values[place]);
+            }
+        }
+    }
+}
+
+// Puts the weights and biases of a scale into shared memory. A barrier must follow.
+template <int SCALE> FN void gather(const Args& a, i64 tile, Shared& shared) {
+    constexpr int K2 = side(SCALE) * side(SCALE);
+    const Parameter weight = a.parameters[SCALE], bias = a.parameters[SCALES + SCALE];
+    const i64 first = tile * CHANNELS;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < CHANNELS * K2; i += THREADS) {
+        const int channel = i / K2, tap = i % K2;
+        const bool inside = first + channel < a.channels;
+        shared.weight[first_tap(SCALE) + tap][channel] = inside ? element(weight.data, first * K2 + i, (int)weight.dtype) : 0.f;
+    }
+    for (int i = threadIdx.x; i < CHANNELS; i += THREADS)
+        shared.bias[SCALE][i] = first + i < a.channels ? element(bias.data, first + i, (int)bias.dtype) : 0.f;
+}
+
+// SCALE 0 to 2: a convolution; 3: x itself. Then SiLU and the residual; or, if BACKWARD, the gradient of its output.
+template <int SCALE, bool BACKWARD> FN void forward(const Args& a, Shared& shared) {
+    const i64 line = (i64)blockIdx.x * LINES + threadIdx.x / PAIRS;
+    const Place p(a, line, blockIdx.z);
+    const bool inside = line < a.lines && p.channel < a.channels;
+    const Strided& other = BACKWARD ? a.dout : a.residual;
+    float2 others[COLUMNS], y[COLUMNS] = {};
+    if (inside) load_line<0>(p.at<const float>(other, a, SCALE), other, p, others);  // arrives meanwhile
+    if constexpr (SCALE < SCALES) {
+        gather<SCALE>(a, blockIdx.z, shared);
+        __syncthreads();
+        if (!inside) return;
+        const float2 bias = *(const float2*)&shared.bias[SCALE][2 * p.pair];
+#pragma unroll
+        for (int o = 0; o < COLUMNS; ++o) y[o] = bias;
+        convolve<SCALE, false>(a, a.x, 0, p, shared, y);
+    } else {
+        if (!inside) return;
+        load_line<0>(p.at<const T>(a.x, a, 0), a.x, p, y);
+    }
+    if constexpr (BACKWARD) {
+        T* to = p.at<T>(a.dconv, a, SCALE);
+#pragma unroll
+        for (int o = 0; o < COLUMNS; ++o, to += a.dconv.time) {
+            const float2 dy = make_float2(others[o].x * silu_slope(y[o].x), others[o].y * silu_slope(y[o].y));
+            if (p.has(o)) store_pair(to, a.dconv.channel, p.second, dy);
+        }
+    } else {
+        float* to = p.at<float>(a.out, a, SCALE);
+#pragma unroll
+        for (int o = 0; o < COLUMNS; ++o, to += a.out.time) {
+            const float2 out = make_float2(others[o].x + silu(y[o].x), others[o].y + silu(y[o].y));
+            if (p.has(o)) store_pair(to, a.out.channel, p.second, out);
+        }
+        if (p.first_of_sequence()) {
+            const float2 kept = load_pair(p.class_token<const float>(a.residual, a, SCALE), a.residual.channel, p.second);
+            store_pair(p.class_token<float>(a.out, a, SCALE), a.out.channel, p.second, kept);
+        }
+    }
+}
+
+// Blocks [lines, scales, channels], the longest first.
+KERNEL(local_conv, THREADS, BLOCKS) {
+    SHARED(Shared, shared);
+    switch (blockIdx.y) {
+        case 0: return forward<2, false>(a, shared);
+        case 1: return forward<1, false>(a, shared);
+        case 2: return forward<0, false>(a, shared);
+        default: return forward<3, false>(a, shared);
+    }
+}
+
+// The first step of the backward pass: the gradients of the convolutions' outputs. Blocks as above, without scale 3.
+KERNEL(local_conv_dconv, THREADS, BLOCKS) {
+    SHARED(Shared, shared);
+    switch (blockIdx.y) {
+        case 0: return forward<2, true>(a, shared);
+        case 1: return forward<1, true>(a, shared);
+        default: return forward<0, true>(a, shared);
+    }
+}
+
+FN void gradient_of_x(const Args& a, Shared& shared) {
+    gather<0>(a, blockIdx.z, shared), gather<1>(a, blockIdx.z, shared), gather<2>(a, blockIdx.z, shared);
+    __syncthreads();
+    const i64 line = (i64)blockIdx.x * LINES + threadIdx.x / PAIRS;
+    const Place p(a, line, blockIdx.z);
+    if (line >= a.lines || p.channel >= a.channels) return;
+    float2 dx[COLUMNS] = {}, x[COLUMNS];
+    convolve<0, true>(a, a.dconv, 0, p, shared, dx);
+    convolve<1, true>(a, a.dconv, 1, p, shared, dx);
+    convolve<2, true>(a, a.dconv, 2, p, shared, dx);
+    load_line<0>(p.at<const T>(a.x, a, 0), a.x, p, x);
+    const float* dout = p.at<const float>(a.dout, a, SCALES);
+    T* to = p.at<T>(a.dx, a, 0);
+#pragma unroll
+    for (int o = 0; o < COLUMNS; ++o, dout += a.dout.time, to += a.dx.time) {
+        if (!p.has(o)) continue;
+        add_product(dx[o], load_pair(dout, a.dout.channel, p.second), make_float2(silu_slope(x[o].x), silu_slope(x[o].y)));
+        store_pair(to, a.dx.channel, p.second, dx[o]);
+    }
+    if (p.first_of_sequence()) store_pair(p.class_token<T>(a.dx, a, 0), a.dx.channel, p.second, make_float2(0.f, 0.f));
+}
+
+// A row of taps of a pair of channels, over a stretch of the lines.
+template <int SCALE> FN void gradients_of_taps(const Args& a, int r) {
+    constexpr int K = side(SCALE);
+    const i64 begin = a.lines * blockIdx.x / a.stretches, end = a.lines * (blockIdx.x + 1) / a.stretches;
+    const int away = (r - K / 2) * (SCALE + 1);
+    float2 weight[K] = {}, bias = {};
+    Place p(a, begin, blockIdx.z);
+    if (p.channel >= a.channels) return;
+#pragma unroll 1
+    for (i64 line = begin; line < end; ++line, p.next(a)) {
+        if (!p.has_row(away)) continue;
+        float2 dy[COLUMNS], x[COLUMNS + 2 * HALO<SCALE>];
+        load_line<0>(p.at<const T>(a.dconv, a, SCALE), a.dconv, p, dy);
+        load_line<HALO<SCALE>>(p.at<const T>(a.x, a, 0, away), a.x, p, x);
+#pragma unroll
+        for (int o = 0; o < COLUMNS; ++o) {
+            bias.x += dy[o].x, bias.y += dy[o].y;
+#pragma unroll
+            for (int c = 0; c < K; ++c) {
+                const int place = place_of<SCALE>(o, c);
+                if (within<SCALE>(place)) add_product(weight[c], dy[o], x[place]);
+            }
+        }
+    }
+    float* sums = a.sums + (i64)blockIdx.x * (TAPS + SCALES) * a.channels + p.channel;
+#pragma unroll
+    for (int c = 0; c < K; ++c) store_pair(sums + (first_tap(SCALE) + r * K + c) * a.channels, 1, p.second, weight[c]);
+    if (away == 0) store_pair(sums + (TAPS + SCALE) * a.channels, 1, p.second, bias);  // no line is left out
+}
+
+// The second step: the gradients of x, from blocks [lines, 2, channels], and of the parameters, from [stretches, 0 and 1,
+// channels]. Of these a thread has a row of taps: LINES threads are enough for 7, and for 3 + 5.
+KERNEL(local_conv_backward, THREADS, BLOCKS) {
+    SHARED(Shared, shared);
+    const int r = threadIdx.x / PAIRS;
+    if (blockIdx.y == 2) return gradient_of_x(a, shared);
+    if (blockIdx.x >= a.stretches) return;
+    if (blockIdx.y == 0 && r < side(2)) gradients_of_taps<2>(a, r);
+    if (blockIdx.y == 1 && r < side(1)) gradients_of_taps<1>(a, r);
+    if (blockIdx.y == 1 && r >= side(1)) gradients_of_taps<0>(a, r - side(1));
+}
+
+// The last step: sums of the parameters' gradients over the stretches, into their own layout and type. Blocks [channels,
+// taps and biases].
+KERNEL(local_conv_sum, SUMMED * SUMMERS, 1) {
+    typedef float Sums[SUMMERS][SUMMED];
+    SHARED(Sums, shared);
+    const int lane = threadIdx.x % SUMMED, summer = threadIdx.x / SUMMED, row = blockIdx.y;
+    const i64 channel = (i64)blockIdx.x * SUMMED + lane;
+    float sum = 0.f;
+    if (channel < a.channels)
+#pragma unroll 4
+        for (i64 i = summer; i < a.stretches; i += SUMMERS) sum += a.sums[(i * (TAPS + SCALES) + row) * a.channels + channel];
+    shared[summer][lane] = sum;
+    __syncthreads();
+    if (summer != 0 || channel >= a.channels) return;
+#pragma unroll
+    for (int i = 1; i < SUMMERS; ++i) sum += shared[i][lane];
+    if (row >= TAPS) return set_element(a.gradients[SCALES + row - TAPS].data, channel, (int)a.gradients[SCALES + row - TAPS].dtype, sum);
+    const int scale = row < first_tap(1) ? 0 : row < first_tap(2) ? 1 : 2, taps = side(scale) * side(scale);
+    const Parameter gradient = a.gradients[scale];
+    set_element(gradient.data, channel * taps + row - first_tap(scale), (int)gradient.dtype, sum);
+}

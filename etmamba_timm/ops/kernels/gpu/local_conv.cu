@@ -14,7 +14,7 @@ constexpr int TAPS = 9 + 25 + 49;
 
 constexpr int PARTS = ceil_div(WIDTH, 16), COLUMNS = ceil_div(WIDTH, PARTS);  // lines of a row, columns of a line
 constexpr int PAIRS = 24, CHANNELS = 2 * PAIRS, LINES = 8, THREADS = PAIRS * LINES;
-constexpr int BLOCKS = PARTS == 1 ? 3 : 2;  // at once on a multiprocessor: how many registers a thread may have
+constexpr int BLOCKS = 2;  // at once on a multiprocessor: how many registers a thread may have
 constexpr int PITCH = CHANNELS + 2;  // in shared memory: neighbouring taps of a channel lie in different banks
 constexpr int SUMMED = 32, SUMMERS = 8;  // the last sums: channels of a block, threads of a channel
 
@@ -305,8 +305,8 @@ KERNEL(local_conv_sum, SUMMED * SUMMERS, 1) {
     if (summer != 0 || channel >= a.channels) return;
 #pragma unroll
     for (int i = 1; i < SUMMERS; ++i) sum += shared[i][lane];
-    if (row >= TAPS) return set_element(a.gradients[SCALES + row - TAPS].data, channel, (int)a.gradients[SCALES + row - TAPS].dtype, sum);
+    const bool bias = row >= TAPS;
     const int scale = row < first_tap(1) ? 0 : row < first_tap(2) ? 1 : 2, taps = side(scale) * side(scale);
-    const Parameter gradient = a.gradients[scale];
-    set_element(gradient.data, channel * taps + row - first_tap(scale), (int)gradient.dtype, sum);
+    const Parameter gradient = a.gradients[bias ? SCALES + row - TAPS : scale];
+    set_element(gradient.data, bias ? channel : channel * taps + row - first_tap(scale), (int)gradient.dtype, sum);
 }

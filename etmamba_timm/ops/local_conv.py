@@ -206,9 +206,13 @@ class _Gpu:
         self.args = _GpuArgs(t, h, x.shape[2], x=_tokens(x), parameters=_pointers(self.parameters))
 
     def module(self, *tensors: Tensor) -> load_gpu.Module:
-        aligned = all(load_gpu.in_quads(t) for t in (self.x, *tensors))
+        dense = all(load_gpu.in_quads(t) and t.is_contiguous() for t in (self.x, *tensors))
         return load_gpu.module(
-            "local_conv.cu", self.x, DTYPE=load_gpu.DTYPES[self.x.dtype], ALIGNED=int(aligned), WIDTH=self.width
+            "local_conv.cu",
+            self.x,
+            DTYPE=load_gpu.DTYPES[self.x.dtype],
+            WIDTH=self.width,
+            DENSE=self.x.shape[2] if dense else 0,
         )
 
     def blocks(self, module: load_gpu.Module, kernel: str) -> tuple[int, int]:
@@ -229,8 +233,8 @@ class _Gpu:
         module = self.module(dout, dx, dconv)
         threads, *_ = module.config("local_conv_backward")
         lines, channels = self.blocks(module, "local_conv_backward")
-        wanted = load_gpu.threads_at_once(dx.device) // (2 * channels * threads)
-        self.args.stretches = stretches = max(1, min(wanted, lines, self.args.lines // 4))
+        at_once = load_gpu.threads_at_once(dx.device) // (2 * channels * threads)
+        self.args.stretches = stretches = min(max(at_once, 1), lines)
         sums = dx.new_empty(stretches, TAPS + len(SIDES), width, dtype=torch.float32)
         gradients = [torch.empty_like(p) for p in self.parameters]
         self.args.dout, self.args.dx, self.args.dconv = _tokens(dout), _tokens(dx), _tokens(dconv)

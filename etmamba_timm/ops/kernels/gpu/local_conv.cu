@@ -2,8 +2,11 @@
 // residual, forward and backward. Called from local_conv.py.
 //
 // A thread takes two neighbouring channels of a line: a row of a picture or, of rows wider than 16, a part. It reads all
-// columns of a row of x into registers at once, for all taps of one row of taps. WIDTH, that of the pictures, is known at
-// compile time, so that taps outside the picture cost nothing. A block takes LINES lines of the same CHANNELS channels.
+// columns of a row of x into registers at once, for all taps of one row of taps. A block takes LINES lines of the same
+// CHANNELS channels.
+//
+// WIDTH is that of the pictures: taps outside of them cost nothing. DENSE is C, a multiple of 4, if all tensors are
+// contiguous and aligned to 16 bytes: a column's address costs nothing either. It is 0 for any C and any strides.
 
 #include "kernel.h"
 
@@ -14,7 +17,8 @@ constexpr int TAPS = 9 + 25 + 49;
 
 constexpr int PARTS = ceil_div(WIDTH, 16), COLUMNS = ceil_div(WIDTH, PARTS);  // lines of a row, columns of a line
 constexpr int PAIRS = 24, CHANNELS = 2 * PAIRS, LINES = 8, THREADS = PAIRS * LINES;
-constexpr int BLOCKS = 2;  // at once on a multiprocessor: how many registers a thread may have
+// Blocks at once on a multiprocessor: they bound a thread's registers, of which long lines need many.
+constexpr int BLOCKS = PARTS == 1 && (COLUMNS <= 12 || (DTYPE != 0 && DENSE)) ? 3 : 2;
 constexpr int PITCH = CHANNELS + 2;  // in shared memory: neighbouring taps of a channel lie in different banks
 constexpr int SUMMED = 32, SUMMERS = 8;  // the last sums: channels of a block, threads of a channel
 
@@ -38,14 +42,14 @@ CONFIG(local_conv_sum, SUMMED * SUMMERS, SUMMED * SUMMERS * sizeof(float), SUMME
 
 // Two channels, `channel` elements apart; the second is 0 where there is none.
 FN float2 load_pair(const float* at, i64 channel, bool second) {
-#if ALIGNED
+#if DENSE
     return *(const float2*)at;
 #else
     return make_float2(at[0], second ? at[channel] : 0.f);
 #endif
 }
 FN void store_pair(float* at, i64 channel, bool second, float2 x) {
-#if ALIGNED
+#if DENSE
     *(float2*)at = x;
 #else
     at[0] = x.x;
@@ -54,7 +58,7 @@ FN void store_pair(float* at, i64 channel, bool second, float2 x) {
 }
 #if DTYPE != 0
 FN float2 load_pair(const T* at, i64 channel, bool second) {
-#if ALIGNED
+#if DENSE
     float x[2];
     unpack2(*(const unsigned*)at, x);
     return make_float2(x[0], x[1]);
@@ -63,7 +67,7 @@ FN float2 load_pair(const T* at, i64 channel, bool second) {
 #endif
 }
 FN void store_pair(T* at, i64 channel, bool second, float2 x) {
-#if ALIGNED
+#if DENSE
     *(unsigned*)at = pack2(x.x, x.y);
 #else
     at[0] = from_float(x.x);
@@ -73,6 +77,15 @@ FN void store_pair(T* at, i64 channel, bool second, float2 x) {
 #endif
 
 FN void add_product(float2& sum, float2 a, float2 b) { sum.x = fmaf(a.x, b.x, sum.x), sum.y = fmaf(a.y, b.y, sum.y); }
+
+// A tensor of tokens with SCALES_EACH·C channels each.
+template <typename E, int SCALES_EACH> struct Tokens {
+    E* data;
+    i64 batch, channel_step, token_step;
+    FN Tokens(const Strided& x)
+        : data((E*)x.data), batch(x.batch), channel_step(DENSE ? 1 : x.channel),
+          token_step(DENSE ? DENSE * SCALES_EACH : x.time) {}
+};
 
 // A line and a pair of channels.
 struct Place {
@@ -99,24 +112,29 @@ struct Place {
     FN bool has(int o) const { return (PARTS == 1 && o < COLUMNS) || (column + o >= 0 && column + o < WIDTH); }
     FN bool has_row(int away) const { return row + away >= 0 && row + away < height; }
     // The pair in column 0, some rows away, of the channels from `scale`·C on.
-    template <typename E> FN E* at(const Strided& x, const Args& a, int scale, int away = 0) const {
-        const i64 first = token + (i64)away * WIDTH + column;
-        return (E*)x.data + batch * x.batch + first * x.time + (channel + scale * a.channels) * x.channel;
+    template <typename X> FN auto at(const X& x, const Args& a, int scale, int away = 0) const {
+        return class_token(x, a, scale) + (token + (i64)away * WIDTH + column) * x.token_step;
     }
     // The first line of a sequence does the class token's work.
     FN bool first_of_sequence() const { return token == 1 && column == 0; }
-    template <typename E> FN E* class_token(const Strided& x, const Args& a, int scale) const {
-        return (E*)x.data + batch * x.batch + (channel + scale * a.channels) * x.channel;
+    template <typename X> FN auto class_token(const X& x, const Args& a, int scale) const {
+        return x.data + batch * x.batch + (channel + scale * a.channels) * x.channel_step;
     }
 };
 
-// The line's columns, and HALO more on either side; 0 outside the picture.
-template <int HALO, typename E>
-FN void load_line(const E* from, const Strided& x, const Place& p, float2* values) {
-    from -= HALO * x.time;
+// The line's columns, some rows away, and HALO more on either side; 0 outside the picture.
+template <int HALO, typename X>
+FN void load_line(const X& x, const Args& a, const Place& p, int scale, int away, float2* values) {
+    const auto* from = p.at(x, a, scale, away) - HALO * x.token_step;
 #pragma unroll
-    for (int o = 0; o < COLUMNS + 2 * HALO; ++o, from += x.time)
-        values[o] = p.has(o - HALO) ? load_pair(from, x.channel, p.second) : make_float2(0.f, 0.f);
+    for (int o = 0; o < COLUMNS + 2 * HALO; ++o, from += x.token_step)
+        values[o] = p.has(o - HALO) ? load_pair(from, x.channel_step, p.second) : make_float2(0.f, 0.f);
+}
+template <typename X> FN void store_line(const X& x, const Args& a, const Place& p, int scale, const float2* values) {
+    auto* to = p.at(x, a, scale);
+#pragma unroll
+    for (int o = 0; o < COLUMNS; ++o, to += x.token_step)
+        if (p.has(o)) store_pair(to, x.channel_step, p.second, values[o]);
 }
 
 // The columns beyond a line's ends that a row of taps needs. No halo if a line is a row: there they are 0.
@@ -126,15 +144,15 @@ template <int SCALE> constexpr int place_of(int o, int c) { return HALO<SCALE> +
 template <int SCALE> constexpr bool within(int place) { return place >= 0 && place < COLUMNS + 2 * HALO<SCALE>; }
 
 // Adds the convolution of a line with the weights of a scale; if FLIPPED, its transpose. `scale`: of the tensor's channels.
-template <int SCALE, bool FLIPPED>
-FN void convolve(const Args& a, const Strided& x, int scale, const Place& p, const Shared& shared, float2* sums) {
+template <int SCALE, bool FLIPPED, typename X>
+FN void convolve(const Args& a, const X& x, int scale, const Place& p, const Shared& shared, float2* sums) {
     constexpr int K = side(SCALE);
 #pragma unroll 1
     for (int r = 0; r < K; ++r) {
         const int away = (r - K / 2) * (SCALE + 1);
         if (!p.has_row(away)) continue;
         float2 values[COLUMNS + 2 * HALO<SCALE>];
-        load_line<HALO<SCALE>>(p.at<const T>(x, a, scale, away), x, p, values);
+        load_line<HALO<SCALE>>(x, a, p, scale, away, values);
         const float* weights = &shared.weight[first_tap(SCALE) + (FLIPPED ? K - 1 - r : r) * K][2 * p.pair];
 #pragma unroll
         for (int c = 0; c < K; ++c) {
@@ -168,9 +186,9 @@ template <int SCALE, bool BACKWARD> FN void forward(const Args& a, Shared& share
     const i64 line = (i64)blockIdx.x * LINES + threadIdx.x / PAIRS;
     const Place p(a, line, blockIdx.z);
     const bool inside = line < a.lines && p.channel < a.channels;
-    const Strided& other = BACKWARD ? a.dout : a.residual;
+    const Tokens<const float, 4> other(BACKWARD ? a.dout : a.residual);
     float2 others[COLUMNS], y[COLUMNS] = {};
-    if (inside) load_line<0>(p.at<const float>(other, a, SCALE), other, p, others);  // arrives meanwhile
+    if (inside) load_line<0>(other, a, p, SCALE, 0, others);  // arrives meanwhile
     if constexpr (SCALE < SCALES) {
         gather<SCALE>(a, blockIdx.z, shared);
         __syncthreads();
@@ -178,28 +196,23 @@ template <int SCALE, bool BACKWARD> FN void forward(const Args& a, Shared& share
         const float2 bias = *(const float2*)&shared.bias[SCALE][2 * p.pair];
 #pragma unroll
         for (int o = 0; o < COLUMNS; ++o) y[o] = bias;
-        convolve<SCALE, false>(a, a.x, 0, p, shared, y);
+        convolve<SCALE, false>(a, Tokens<const T, 1>(a.x), 0, p, shared, y);
     } else {
         if (!inside) return;
-        load_line<0>(p.at<const T>(a.x, a, 0), a.x, p, y);
+        load_line<0>(Tokens<const T, 1>(a.x), a, p, 0, 0, y);
     }
     if constexpr (BACKWARD) {
-        T* to = p.at<T>(a.dconv, a, SCALE);
 #pragma unroll
-        for (int o = 0; o < COLUMNS; ++o, to += a.dconv.time) {
-            const float2 dy = make_float2(others[o].x * silu_slope(y[o].x), others[o].y * silu_slope(y[o].y));
-            if (p.has(o)) store_pair(to, a.dconv.channel, p.second, dy);
-        }
+        for (int o = 0; o < COLUMNS; ++o) others[o].x *= silu_slope(y[o].x), others[o].y *= silu_slope(y[o].y);
+        store_line(Tokens<T, 3>(a.dconv), a, p, SCALE, others);
     } else {
-        float* to = p.at<float>(a.out, a, SCALE);
+        const Tokens<float, 4> out(a.out);
 #pragma unroll
-        for (int o = 0; o < COLUMNS; ++o, to += a.out.time) {
-            const float2 out = make_float2(others[o].x + silu(y[o].x), others[o].y + silu(y[o].y));
-            if (p.has(o)) store_pair(to, a.out.channel, p.second, out);
-        }
+        for (int o = 0; o < COLUMNS; ++o) others[o].x += silu(y[o].x), others[o].y += silu(y[o].y);
+        store_line(out, a, p, SCALE, others);
         if (p.first_of_sequence()) {
-            const float2 kept = load_pair(p.class_token<const float>(a.residual, a, SCALE), a.residual.channel, p.second);
-            store_pair(p.class_token<float>(a.out, a, SCALE), a.out.channel, p.second, kept);
+            const float2 kept = load_pair(p.class_token(other, a, SCALE), other.channel_step, p.second);
+            store_pair(p.class_token(out, a, SCALE), out.channel_step, p.second, kept);
         }
     }
 }
@@ -231,20 +244,18 @@ FN void gradient_of_x(const Args& a, Shared& shared) {
     const i64 line = (i64)blockIdx.x * LINES + threadIdx.x / PAIRS;
     const Place p(a, line, blockIdx.z);
     if (line >= a.lines || p.channel >= a.channels) return;
-    float2 dx[COLUMNS] = {}, x[COLUMNS];
-    convolve<0, true>(a, a.dconv, 0, p, shared, dx);
-    convolve<1, true>(a, a.dconv, 1, p, shared, dx);
-    convolve<2, true>(a, a.dconv, 2, p, shared, dx);
-    load_line<0>(p.at<const T>(a.x, a, 0), a.x, p, x);
-    const float* dout = p.at<const float>(a.dout, a, SCALES);
-    T* to = p.at<T>(a.dx, a, 0);
+    const Tokens<const T, 3> dconv(a.dconv);
+    const Tokens<T, 1> to(a.dx);
+    float2 dx[COLUMNS] = {}, x[COLUMNS], dout[COLUMNS];
+    convolve<0, true>(a, dconv, 0, p, shared, dx);
+    convolve<1, true>(a, dconv, 1, p, shared, dx);
+    convolve<2, true>(a, dconv, 2, p, shared, dx);
+    load_line<0>(Tokens<const T, 1>(a.x), a, p, 0, 0, x);
+    load_line<0>(Tokens<const float, 4>(a.dout), a, p, SCALES, 0, dout);
 #pragma unroll
-    for (int o = 0; o < COLUMNS; ++o, dout += a.dout.time, to += a.dx.time) {
-        if (!p.has(o)) continue;
-        add_product(dx[o], load_pair(dout, a.dout.channel, p.second), make_float2(silu_slope(x[o].x), silu_slope(x[o].y)));
-        store_pair(to, a.dx.channel, p.second, dx[o]);
-    }
-    if (p.first_of_sequence()) store_pair(p.class_token<T>(a.dx, a, 0), a.dx.channel, p.second, make_float2(0.f, 0.f));
+    for (int o = 0; o < COLUMNS; ++o) add_product(dx[o], dout[o], make_float2(silu_slope(x[o].x), silu_slope(x[o].y)));
+    store_line(to, a, p, 0, dx);
+    if (p.first_of_sequence()) store_pair(p.class_token(to, a, 0), to.channel_step, p.second, make_float2(0.f, 0.f));
 }
 
 // A row of taps of a pair of channels, over a stretch of the lines.
@@ -259,11 +270,13 @@ template <int SCALE> FN void gradients_of_taps(const Args& a, int r) {
     for (i64 line = begin; line < end; ++line, p.next(a)) {
         if (!p.has_row(away)) continue;
         float2 dy[COLUMNS], x[COLUMNS + 2 * HALO<SCALE>];
-        load_line<0>(p.at<const T>(a.dconv, a, SCALE), a.dconv, p, dy);
-        load_line<HALO<SCALE>>(p.at<const T>(a.x, a, 0, away), a.x, p, x);
+        load_line<0>(Tokens<const T, 3>(a.dconv), a, p, SCALE, 0, dy);
+        load_line<HALO<SCALE>>(Tokens<const T, 1>(a.x), a, p, 0, away, x);
+        if (away == 0)
+#pragma unroll
+            for (int o = 0; o < COLUMNS; ++o) bias.x += dy[o].x, bias.y += dy[o].y;
 #pragma unroll
         for (int o = 0; o < COLUMNS; ++o) {
-            bias.x += dy[o].x, bias.y += dy[o].y;
 #pragma unroll
             for (int c = 0; c < K; ++c) {
                 const int place = place_of<SCALE>(o, c);

@@ -1,9 +1,9 @@
 // The local branch of STCM on a GPU: dilated depthwise convolutions at three scales within each frame, SiLU, and the
 // residual, forward and backward. Called from local_conv.py.
 //
-// A thread takes two neighbouring channels of a line: a row of a picture or, of rows wider than 16, a part. It reads all
-// columns of a row of x into registers at once, for all taps of one row of taps. A block takes LINES lines of the same
-// CHANNELS channels.
+// A thread takes two neighbouring channels of a line: a row of a picture or, of rows wider than 16, a part. For each
+// row of taps it reads a line of x into registers at once, which serves all columns and all taps. A block takes LINES
+// lines of the same CHANNELS channels.
 //
 // WIDTH is that of the pictures: taps outside of them cost nothing. DENSE is C, a multiple of 4, if all tensors are
 // contiguous and aligned to 16 bytes: a column's address costs nothing either. It is 0 for any C and any strides.
@@ -26,8 +26,8 @@ struct Parameter { void* data; i64 dtype; };  // contiguous
 
 struct Args {  // must match local_conv.py
     i64 frames_each, height, channels, lines, stretches;  // frames_each: in a sequence; stretches: see the last kernels
-    // Tokens [1, B, C, 1 + t·h·w], class token first; residual, out and dout with 4C channels, in float32.
-    // dconv: gradients of the convolutions' outputs, with 3C channels.
+    // Tokens [1, B, C, 1 + t·h·w], class token first. residual, out and dout: float32, 4C channels; the others in T.
+    // dconv: gradients of the convolutions' outputs, with 3C channels; nothing in place of the class token.
     Strided x, residual, out, dout, dx, dconv;
     Parameter parameters[2 * SCALES], gradients[2 * SCALES];  // three of [C, 1, k, k], three of [C]
     float* sums;  // [stretches, TAPS + SCALES, C]: parts of the parameters' gradients
@@ -78,20 +78,20 @@ FN void store_pair(T* at, i64 channel, bool second, float2 x) {
 
 FN void add_product(float2& sum, float2 a, float2 b) { sum.x = fmaf(a.x, b.x, sum.x), sum.y = fmaf(a.y, b.y, sum.y); }
 
-// A tensor of tokens with SCALES_EACH·C channels each.
-template <typename E, int SCALES_EACH> struct Tokens {
+// A tensor of tokens with MULTIPLE·C channels.
+template <typename E, int MULTIPLE> struct Tokens {
     E* data;
     i64 batch, channel_step, token_step;
     FN Tokens(const Strided& x)
         : data((E*)x.data), batch(x.batch), channel_step(DENSE ? 1 : x.channel),
-          token_step(DENSE ? DENSE * SCALES_EACH : x.time) {}
+          token_step(DENSE ? DENSE * MULTIPLE : x.time) {}
 };
 
 // A line and a pair of channels.
 struct Place {
-    i64 batch, token, channel;     // token: that of the row's first column
+    i64 batch, token, channel;      // token: that of the row's first column
     int row, column, height, pair;  // column: the line's first
-    bool second;                   // whether the pair's second channel exists
+    bool second;                    // whether the pair's second channel exists
 
     FN Place(const Args& a, i64 line, i64 tile) : height((int)a.height), pair(threadIdx.x % PAIRS) {
         const i64 rows_each = a.frames_each * a.height, row_of_all = line / PARTS;
@@ -104,14 +104,14 @@ struct Place {
     }
     FN void next(const Args& a) {  // the next line
         column += COLUMNS;
-        if (PARTS > 1 && column < PARTS * COLUMNS) return;
+        if (column < PARTS * COLUMNS) return;
         column = 0, token += WIDTH, row = row + 1 == height ? 0 : row + 1;
         if (token == 1 + a.frames_each * a.height * WIDTH) token = 1, ++batch;
     }
     // Whether the picture has column `o` of the line. Known at compile time if a line is a row.
-    FN bool has(int o) const { return (PARTS == 1 && o < COLUMNS) || (column + o >= 0 && column + o < WIDTH); }
+    FN bool has(int o) const { return PARTS == 1 || (column + o >= 0 && column + o < WIDTH); }
     FN bool has_row(int away) const { return row + away >= 0 && row + away < height; }
-    // The pair in column 0, some rows away, of the channels from `scale`·C on.
+    // The pair in the line's first column, some rows away, of the channels from `scale`·C on.
     template <typename X> FN auto at(const X& x, const Args& a, int scale, int away = 0) const {
         return class_token(x, a, scale) + (token + (i64)away * WIDTH + column) * x.token_step;
     }
@@ -140,23 +140,25 @@ template <typename X> FN void store_line(const X& x, const Args& a, const Place&
 // The columns beyond a line's ends that a row of taps needs. No halo if a line is a row: there they are 0.
 template <int SCALE> constexpr int HALO = PARTS == 1 ? 0 : side(SCALE) / 2 * (SCALE + 1);
 // For column `o`, where the c-th tap of a row of taps is among the values of load_line; outside them it is 0.
-template <int SCALE> constexpr int place_of(int o, int c) { return HALO<SCALE> + o + (c - side(SCALE) / 2) * (SCALE + 1); }
+template <int SCALE> constexpr int place_of(int o, int c) {
+    return HALO<SCALE> + o + (c - side(SCALE) / 2) * (SCALE + 1);
+}
 template <int SCALE> constexpr bool within(int place) { return place >= 0 && place < COLUMNS + 2 * HALO<SCALE>; }
 
-// Adds the convolution of a line with the weights of a scale; if FLIPPED, its transpose. `scale`: of the tensor's channels.
-template <int SCALE, bool FLIPPED, typename X>
-FN void convolve(const Args& a, const X& x, int scale, const Place& p, const Shared& shared, float2* sums) {
+// Adds the convolution of a line with the weights of a scale; if TRANSPOSED, of the scale's part of dconv.
+template <int SCALE, bool TRANSPOSED, typename X>
+FN void convolve(const Args& a, const X& x, const Place& p, const Shared& shared, float2* sums) {
     constexpr int K = side(SCALE);
 #pragma unroll 1
     for (int r = 0; r < K; ++r) {
         const int away = (r - K / 2) * (SCALE + 1);
         if (!p.has_row(away)) continue;
         float2 values[COLUMNS + 2 * HALO<SCALE>];
-        load_line<HALO<SCALE>>(x, a, p, scale, away, values);
-        const float* weights = &shared.weight[first_tap(SCALE) + (FLIPPED ? K - 1 - r : r) * K][2 * p.pair];
+        load_line<HALO<SCALE>>(x, a, p, TRANSPOSED ? SCALE : 0, away, values);
+        const float* weights = &shared.weight[first_tap(SCALE) + (TRANSPOSED ? K - 1 - r : r) * K][2 * p.pair];
 #pragma unroll
         for (int c = 0; c < K; ++c) {
-            const float2 weight = *(const float2*)(weights + (FLIPPED ? K - 1 - c : c) * PITCH);
+            const float2 weight = *(const float2*)(weights + (TRANSPOSED ? K - 1 - c : c) * PITCH);
 #pragma unroll
             for (int o = 0; o < COLUMNS; ++o) {
                 const int place = place_of<SCALE>(o, c);
@@ -174,19 +176,19 @@ template <int SCALE> FN void gather(const Args& a, i64 tile, Shared& shared) {
 #pragma unroll 4
     for (int i = threadIdx.x; i < CHANNELS * K2; i += THREADS) {
         const int channel = i / K2, tap = i % K2;
-        const bool inside = first + channel < a.channels;
-        shared.weight[first_tap(SCALE) + tap][channel] = inside ? element(weight.data, first * K2 + i, (int)weight.dtype) : 0.f;
+        shared.weight[first_tap(SCALE) + tap][channel] =
+            first + channel < a.channels ? element(weight.data, first * K2 + i, (int)weight.dtype) : 0.f;
     }
     for (int i = threadIdx.x; i < CHANNELS; i += THREADS)
         shared.bias[SCALE][i] = first + i < a.channels ? element(bias.data, first + i, (int)bias.dtype) : 0.f;
 }
 
-// SCALE 0 to 2: a convolution; 3: x itself. Then SiLU and the residual; or, if BACKWARD, the gradient of its output.
-template <int SCALE, bool BACKWARD> FN void forward(const Args& a, Shared& shared) {
+// SCALE 0 to 2: a convolution; 3: x itself. Then SiLU and the residual; or, if GRADIENT, that of what goes into SiLU.
+template <int SCALE, bool GRADIENT> FN void scale_of_line(const Args& a, Shared& shared) {
     const i64 line = (i64)blockIdx.x * LINES + threadIdx.x / PAIRS;
     const Place p(a, line, blockIdx.z);
     const bool inside = line < a.lines && p.channel < a.channels;
-    const Tokens<const float, 4> other(BACKWARD ? a.dout : a.residual);
+    const Tokens<const float, 4> other(GRADIENT ? a.dout : a.residual);
     float2 others[COLUMNS], y[COLUMNS] = {};
     if (inside) load_line<0>(other, a, p, SCALE, 0, others);  // arrives meanwhile
     if constexpr (SCALE < SCALES) {
@@ -196,12 +198,12 @@ template <int SCALE, bool BACKWARD> FN void forward(const Args& a, Shared& share
         const float2 bias = *(const float2*)&shared.bias[SCALE][2 * p.pair];
 #pragma unroll
         for (int o = 0; o < COLUMNS; ++o) y[o] = bias;
-        convolve<SCALE, false>(a, Tokens<const T, 1>(a.x), 0, p, shared, y);
+        convolve<SCALE, false>(a, Tokens<const T, 1>(a.x), p, shared, y);
     } else {
         if (!inside) return;
         load_line<0>(Tokens<const T, 1>(a.x), a, p, 0, 0, y);
     }
-    if constexpr (BACKWARD) {
+    if constexpr (GRADIENT) {
 #pragma unroll
         for (int o = 0; o < COLUMNS; ++o) others[o].x *= silu_slope(y[o].x), others[o].y *= silu_slope(y[o].y);
         store_line(Tokens<T, 3>(a.dconv), a, p, SCALE, others);
@@ -217,25 +219,21 @@ template <int SCALE, bool BACKWARD> FN void forward(const Args& a, Shared& share
     }
 }
 
-// Blocks [lines, scales, channels], the longest first.
+// Blocks [lines, scales, channels], the scale that takes longest first.
 KERNEL(local_conv, THREADS, BLOCKS) {
     SHARED(Shared, shared);
-    switch (blockIdx.y) {
-        case 0: return forward<2, false>(a, shared);
-        case 1: return forward<1, false>(a, shared);
-        case 2: return forward<0, false>(a, shared);
-        default: return forward<3, false>(a, shared);
-    }
+    if (blockIdx.y == 0) scale_of_line<2, false>(a, shared);
+    else if (blockIdx.y == 1) scale_of_line<1, false>(a, shared);
+    else if (blockIdx.y == 2) scale_of_line<0, false>(a, shared);
+    else scale_of_line<3, false>(a, shared);
 }
 
-// The first step of the backward pass: the gradients of the convolutions' outputs. Blocks as above, without scale 3.
+// The first step backward: the gradients of the convolutions' outputs. Blocks as above, without scale 3.
 KERNEL(local_conv_dconv, THREADS, BLOCKS) {
     SHARED(Shared, shared);
-    switch (blockIdx.y) {
-        case 0: return forward<2, true>(a, shared);
-        case 1: return forward<1, true>(a, shared);
-        default: return forward<0, true>(a, shared);
-    }
+    if (blockIdx.y == 0) scale_of_line<2, true>(a, shared);
+    else if (blockIdx.y == 1) scale_of_line<1, true>(a, shared);
+    else scale_of_line<0, true>(a, shared);
 }
 
 FN void gradient_of_x(const Args& a, Shared& shared) {
@@ -247,9 +245,9 @@ FN void gradient_of_x(const Args& a, Shared& shared) {
     const Tokens<const T, 3> dconv(a.dconv);
     const Tokens<T, 1> to(a.dx);
     float2 dx[COLUMNS] = {}, x[COLUMNS], dout[COLUMNS];
-    convolve<0, true>(a, dconv, 0, p, shared, dx);
-    convolve<1, true>(a, dconv, 1, p, shared, dx);
-    convolve<2, true>(a, dconv, 2, p, shared, dx);
+    convolve<0, true>(a, dconv, p, shared, dx);
+    convolve<1, true>(a, dconv, p, shared, dx);
+    convolve<2, true>(a, dconv, p, shared, dx);
     load_line<0>(Tokens<const T, 1>(a.x), a, p, 0, 0, x);
     load_line<0>(Tokens<const float, 4>(a.dout), a, p, SCALES, 0, dout);
 #pragma unroll
@@ -290,29 +288,29 @@ template <int SCALE> FN void gradients_of_taps(const Args& a, int r) {
     if (away == 0) store_pair(sums + (TAPS + SCALE) * a.channels, 1, p.second, bias);  // no line is left out
 }
 
-// The second step: the gradients of x, from blocks [lines, 2, channels], and of the parameters, from [stretches, 0 and 1,
-// channels]. Of these a thread has a row of taps: LINES threads are enough for 7, and for 3 + 5.
+// The second step: the gradients of the parameters (blocks [stretches, 0 and 1, channels]) and of x ([lines, 2, channels]).
+// Of the parameters' a thread takes a row of taps: LINES of them are enough for 7, and for 5 + 3.
 KERNEL(local_conv_backward, THREADS, BLOCKS) {
     SHARED(Shared, shared);
     const int r = threadIdx.x / PAIRS;
-    if (blockIdx.y == 2) return gradient_of_x(a, shared);
-    if (blockIdx.x >= a.stretches) return;
-    if (blockIdx.y == 0 && r < side(2)) gradients_of_taps<2>(a, r);
-    if (blockIdx.y == 1 && r < side(1)) gradients_of_taps<1>(a, r);
-    if (blockIdx.y == 1 && r >= side(1)) gradients_of_taps<0>(a, r - side(1));
+    if (blockIdx.y == 2) gradient_of_x(a, shared);
+    else if (blockIdx.x >= a.stretches) return;
+    else if (blockIdx.y == 0 && r < side(2)) gradients_of_taps<2>(a, r);
+    else if (blockIdx.y == 1 && r < side(1)) gradients_of_taps<1>(a, r);
+    else if (blockIdx.y == 1) gradients_of_taps<0>(a, r - side(1));
 }
 
-// The last step: sums of the parameters' gradients over the stretches, into their own layout and type. Blocks [channels,
-// taps and biases].
+// The last step: sums of the parameters' gradients over the stretches, in their own layout and type.
+// Blocks [channels, taps and biases].
 KERNEL(local_conv_sum, SUMMED * SUMMERS, 1) {
     typedef float Sums[SUMMERS][SUMMED];
     SHARED(Sums, shared);
     const int lane = threadIdx.x % SUMMED, summer = threadIdx.x / SUMMED, row = blockIdx.y;
     const i64 channel = (i64)blockIdx.x * SUMMED + lane;
     float sum = 0.f;
-    if (channel < a.channels)
+    const i64 end = channel < a.channels ? a.stretches : 0;
 #pragma unroll 4
-        for (i64 i = summer; i < a.stretches; i += SUMMERS) sum += a.sums[(i * (TAPS + SCALES) + row) * a.channels + channel];
+    for (i64 i = summer; i < end; i += SUMMERS) sum += a.sums[(i * (TAPS + SCALES) + row) * a.channels + channel];
     shared[summer][lane] = sum;
     __syncthreads();
     if (summer != 0 || channel >= a.channels) return;

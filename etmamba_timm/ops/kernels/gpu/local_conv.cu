@@ -18,7 +18,7 @@ constexpr int TAPS = 9 + 25 + 49;
 constexpr int PARTS = ceil_div(WIDTH, 16), COLUMNS = ceil_div(WIDTH, PARTS);  // lines of a row, columns of a line
 constexpr int PAIRS = 24, CHANNELS = 2 * PAIRS, LINES = 8, THREADS = PAIRS * LINES;
 // Blocks at once on a multiprocessor: they bound a thread's registers, of which long lines need many.
-constexpr int BLOCKS = PARTS == 1 && (COLUMNS <= 12 || (DTYPE != 0 && DENSE)) ? 3 : 2;
+constexpr int BLOCKS = PARTS == 1 && COLUMNS <= (DTYPE != 0 && DENSE ? 14 : 10) ? 3 : 2;
 constexpr int PITCH = CHANNELS + 2;  // in shared memory: neighbouring taps of a channel lie in different banks
 constexpr int SUMMED = 32, SUMMERS = 8;  // the last sums: channels of a block, threads of a channel
 
@@ -288,8 +288,8 @@ template <int SCALE> FN void gradients_of_taps(const Args& a, int r) {
     if (away == 0) store_pair(sums + (TAPS + SCALE) * a.channels, 1, p.second, bias);  // no line is left out
 }
 
-// The second step: the gradients of the parameters (blocks [stretches, 0 and 1, channels]) and of x ([lines, 2, channels]).
-// Of the parameters' a thread takes a row of taps: LINES of them are enough for 7, and for 5 + 3.
+// The second step: the gradients of the parameters (blocks [stretches, 0 and 1, channels]) and of x (blocks [lines, 2,
+// channels]). Of the parameters' a thread takes a row of taps: LINES of them are enough for 7, and for 5 + 3.
 KERNEL(local_conv_backward, THREADS, BLOCKS) {
     SHARED(Shared, shared);
     const int r = threadIdx.x / PAIRS;

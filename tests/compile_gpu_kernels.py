@@ -13,6 +13,7 @@ from etmamba_timm.ops.kernels import build_gpu
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # The macros of each file besides DTYPE, as the models use them.
 MACROS: dict[str, list[dict[str, int]]] = {
+    "local_conv.cu": [{"DENSE": dense, "WIDTH": width} for dense, width in ((144, 14), (0, 14), (144, 20))],
     "norm.cu": [{"ALIGNED": aligned} for aligned in (0, 1)],
     "short_conv.cu": [{"ALIGNED": aligned, "TAPS": 4} for aligned in (0, 1)],
 }

@@ -1,17 +1,19 @@
 """The convolutions of STCM's local branch: depthwise, dilated, at three scales, within each frame."""
 
 import ctypes
-from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .flops import count_flops
+from .kernels import load_cpu, load_gpu
 from .kernels.choice import check_shapes, state_dtype, takes
-from .kernels.load_cpu import DTYPES, Strided, library, strided
+from .kernels.load_cpu import Strided, library, strided
 
 SIDES = (3, 5, 7)  # of the kernels, dilated by 1, 2 and 3
+TAPS = sum(side**2 for side in SIDES)
 
 
 def local_conv(
@@ -19,7 +21,7 @@ def local_conv(
 ) -> Tensor:
     """`residual + SiLU(concat(DC3(x), DC5(x), DC7(x), x))` for patch tokens; the class token's residual is unchanged.
 
-    One kernel on the CPU, for any strides, with sums in float32 or float64; PyTorch's convolutions elsewhere.
+    One kernel on CPUs and GPUs, for any strides, with sums in float32 or float64; PyTorch's convolutions elsewhere.
 
     Args:
         x: tokens [B, 1 + t·h·w, C], class token first.
@@ -45,8 +47,7 @@ def local_conv(
     dtype = state_dtype(residual.dtype)
     residual = residual.to(dtype)
     if takes("the local branch", x, residual, *weights, *biases) and state_dtype(x.dtype) == dtype:
-        taps = torch.cat([w.flatten(1) for w in weights], 1).t().to(dtype)  # [83, C]
-        return _forward(x, residual, taps.contiguous(), torch.stack(biases).to(dtype), t, h, w)
+        return _forward(x, residual, *weights, *biases, t, h, w)
     return _plain(x, residual, weights, biases, grid)
 
 
@@ -63,7 +64,84 @@ def _plain(
     return torch.cat([residual[:, :1], local + residual[:, 1:]], dim=1)
 
 
-class _Args(ctypes.Structure):  # must match kernels/cpu/local_conv.cpp
+@torch.library.custom_op("etmamba_timm::local_conv", mutates_args=(), device_types=("cpu", "cuda"))
+def _forward(
+    x: Tensor,
+    residual: Tensor,
+    weight3: Tensor,
+    weight5: Tensor,
+    weight7: Tensor,
+    bias3: Tensor,
+    bias5: Tensor,
+    bias7: Tensor,
+    t: int,
+    h: int,
+    w: int,
+) -> Tensor:
+    """`local_conv`, with the residual in float32, or float64 for x in float64."""
+    out = residual.new_empty(residual.shape)
+    kernel = (_Gpu if load_gpu.on_gpu(x) else _Cpu)(x, [weight3, weight5, weight7, bias3, bias5, bias7], t, h, w)
+    kernel.forward(residual, out)
+    return out
+
+
+@_forward.register_fake
+def _(x, residual, *others):
+    return residual.new_empty(residual.shape)
+
+
+@torch.library.custom_op("etmamba_timm::local_conv_backward", mutates_args=(), device_types=("cpu", "cuda"))
+def _backward(
+    dout: Tensor,
+    x: Tensor,
+    weight3: Tensor,
+    weight5: Tensor,
+    weight7: Tensor,
+    bias3: Tensor,
+    bias5: Tensor,
+    bias7: Tensor,
+    t: int,
+    h: int,
+    w: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, the weights and the biases; that of the residual is dout."""
+    dx = x.new_empty(x.shape)
+    kernel = (_Gpu if load_gpu.on_gpu(x) else _Cpu)(x, [weight3, weight5, weight7, bias3, bias5, bias7], t, h, w)
+    dweight3, dweight5, dweight7, dbias3, dbias5, dbias7 = kernel.backward(dout, dx)
+    return dx, dweight3, dweight5, dweight7, dbias3, dbias5, dbias7
+
+
+@_backward.register_fake
+def _(dout, x, *others):
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (x, *others[:-3]))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, _, *parameters, t, h, w = inputs
+    ctx.save_for_backward(x, *parameters)
+    ctx.grid = t, h, w
+
+
+def _autograd(ctx, dout):
+    dx, *dparameters = _backward(dout, *ctx.saved_tensors, *ctx.grid)
+    return dx, dout, *dparameters, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _flops(x: torch.Size, t: int, h: int, w: int, **others) -> int:
+    return 2 * x[0] * t * h * w * TAPS * x[2]
+
+
+count_flops("local_conv", _flops)
+
+
+def _tokens(x: Tensor) -> Strided:
+    return strided(x.mT.unsqueeze(0))  # [B, N, C] -> [1, B, C, N]
+
+
+class _CpuArgs(ctypes.Structure):  # must match kernels/cpu/local_conv.cpp
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("frames_each", "frames", "height", "width", "channels", "groups")),
         ("threads", ctypes.c_int64),
@@ -72,67 +150,97 @@ class _Args(ctypes.Structure):  # must match kernels/cpu/local_conv.cpp
     ]
 
 
-def _arguments(x: Tensor, taps: Tensor, biases: Tensor, t: int, h: int, w: int) -> _Args:
-    threads = torch.get_num_threads()
-    frames = x.shape[0] * t
-    args = _Args(t, frames, h, w, x.shape[2], min(frames, 2 * threads), threads, x=_tokens(x))
-    args.weight, args.bias = taps.data_ptr(), biases.data_ptr()
-    return args
+class _Cpu:
+    """Calls of the CPU kernel. The parameters are three weights and three biases."""
+
+    def __init__(self, x: Tensor, parameters: list[Tensor], t: int, h: int, w: int) -> None:
+        self.x, self.parameters = x, parameters
+        # [C, 1, k, k] -> [83, C], and the biases as three rows more
+        self.taps = torch.cat([p.flatten(1) if p.ndim == 4 else p[:, None] for p in parameters], 1).t()
+        self.taps = self.taps.to(state_dtype(x.dtype)).contiguous()
+        threads = torch.get_num_threads()
+        frames = x.shape[0] * t
+        self.args = _CpuArgs(t, frames, h, w, x.shape[2], min(frames, 2 * threads), threads, x=_tokens(x))
+        self.args.weight, self.args.bias = self.taps.data_ptr(), self.taps[TAPS:].data_ptr()
+
+    def forward(self, residual: Tensor, out: Tensor) -> None:
+        out[:, 0] = residual[:, 0]
+        self.args.residual, self.args.out = _tokens(residual), _tokens(out)
+        library().etmamba_local_conv(ctypes.byref(self.args), load_cpu.DTYPES[self.x.dtype], False)
+
+    def backward(self, dout: Tensor, dx: Tensor) -> list[Tensor]:
+        dx[:, 0] = 0
+        sums = self.taps.new_empty(self.args.groups, *self.taps.shape)
+        self.args.dout, self.args.dx, self.args.dweight = _tokens(dout), _tokens(dx), sums.data_ptr()
+        library().etmamba_local_conv(ctypes.byref(self.args), load_cpu.DTYPES[self.x.dtype], True)
+        parts = sums.sum(0).split([*(side**2 for side in SIDES), *(1 for _ in SIDES)])  # [k², C] or [1, C] each
+        return [p.new_empty(p.shape).copy_(part.t().view_as(p)) for p, part in zip(self.parameters, parts, strict=True)]
 
 
-def _tokens(x: Tensor) -> Strided:
-    return strided(x.mT.unsqueeze(0))  # [B, N, C] -> [1, B, C, N]
+class _Parameter(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("dtype", ctypes.c_int64)]
 
 
-@torch.library.custom_op("etmamba_timm::local_conv", mutates_args=(), device_types="cpu")
-def _forward(x: Tensor, residual: Tensor, taps: Tensor, biases: Tensor, t: int, h: int, w: int) -> Tensor:
-    out = residual.new_empty(residual.shape)
-    out[:, 0] = residual[:, 0]
-    args = _arguments(x, taps, biases, t, h, w)
-    args.residual, args.out = _tokens(residual), _tokens(out)
-    library().etmamba_local_conv(ctypes.byref(args), DTYPES[x.dtype], False)
-    return out
+_Parameters = _Parameter * (2 * len(SIDES))
 
 
-@_forward.register_fake
-def _(x, residual, taps, biases, t, h, w):
-    return residual.new_empty(residual.shape)
+def _pointers(parameters: list[Tensor]) -> Any:
+    return _Parameters(*(_Parameter(p.data_ptr(), load_gpu.DTYPES[p.dtype]) for p in parameters))
 
 
-@torch.library.custom_op("etmamba_timm::local_conv_backward", mutates_args=(), device_types="cpu")
-def _backward(
-    dout: Tensor, x: Tensor, taps: Tensor, biases: Tensor, t: int, h: int, w: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    args = _arguments(x, taps, biases, t, h, w)
-    dx = x.new_empty(x.shape)
-    dx[:, 0] = 0
-    dweight = taps.new_empty(args.groups, len(taps) + len(biases), taps.shape[1])
-    args.dout, args.dx, args.dweight = _tokens(dout), _tokens(dx), dweight.data_ptr()
-    library().etmamba_local_conv(ctypes.byref(args), DTYPES[x.dtype], True)
-    dweight = dweight.sum(0)
-    return dx, dweight[: len(taps)].clone(), dweight[len(taps) :].clone()
+class _GpuArgs(ctypes.Structure):  # must match kernels/gpu/local_conv.cu
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("frames_each", "height", "channels", "lines", "stretches")),
+        *((name, Strided) for name in ("x", "residual", "out", "dout", "dx", "dconv")),
+        *((name, _Parameters) for name in ("parameters", "gradients")),
+        ("sums", ctypes.c_void_p),
+    ]
 
 
-@_backward.register_fake
-def _(dout, x, taps, biases, t, h, w):
-    return x.new_empty(x.shape), torch.empty_like(taps), torch.empty_like(biases)
+class _Gpu:
+    """Launches of the GPU kernels. The parameters are three weights and three biases."""
 
+    def __init__(self, x: Tensor, parameters: list[Tensor], t: int, h: int, w: int) -> None:
+        self.x, self.width, self.rows = x, w, x.shape[0] * t * h
+        self.parameters = [p.contiguous() for p in parameters]
+        self.args = _GpuArgs(t, h, x.shape[2], x=_tokens(x), parameters=_pointers(self.parameters))
 
-def _setup_context(ctx, inputs, output) -> None:
-    x, _, taps, biases, *ctx.grid = inputs
-    ctx.save_for_backward(x, taps, biases)
+    def module(self, *tensors: Tensor) -> load_gpu.Module:
+        dense = all(load_gpu.in_quads(t) and t.is_contiguous() for t in (self.x, *tensors))
+        return load_gpu.module(
+            "local_conv.cu",
+            self.x,
+            DTYPE=load_gpu.DTYPES[self.x.dtype],
+            WIDTH=self.width,
+            DENSE=self.x.shape[2] if dense else 0,
+        )
 
+    def blocks(self, module: load_gpu.Module, kernel: str) -> tuple[int, int]:
+        """How many blocks take all lines, and how many all channels."""
+        _, _, channels, lines, parts = module.config(kernel)
+        self.args.lines = self.rows * parts
+        return -(-self.args.lines // lines), -(-self.args.channels // channels)
 
-def _autograd(ctx, dout):
-    dx, dtaps, dbiases = _backward(dout, *ctx.saved_tensors, *ctx.grid)
-    return dx, dout, dtaps, dbiases, None, None, None
+    def forward(self, residual: Tensor, out: Tensor) -> None:
+        module = self.module(residual, out)
+        lines, channels = self.blocks(module, "local_conv")
+        self.args.residual, self.args.out = _tokens(residual), _tokens(out)
+        module.launch("local_conv", (lines, 4, channels), self.args)
 
-
-_forward.register_autograd(_autograd, setup_context=_setup_context)
-
-
-def _flops(x: torch.Size, taps: torch.Size, t: int, h: int, w: int, **others) -> int:
-    return 2 * x[0] * t * h * w * prod(taps)
-
-
-count_flops("local_conv", _flops)
+    def backward(self, dout: Tensor, dx: Tensor) -> list[Tensor]:
+        batch, tokens, width = dx.shape
+        dconv = dx.new_empty(batch, tokens, 3 * width)
+        module = self.module(dout, dx, dconv)
+        threads, *_ = module.config("local_conv_backward")
+        lines, channels = self.blocks(module, "local_conv_backward")
+        at_once = load_gpu.threads_at_once(dx.device) // (2 * channels * threads)
+        self.args.stretches = stretches = min(max(at_once, 1), lines)
+        sums = dx.new_empty(stretches, TAPS + len(SIDES), width, dtype=torch.float32)
+        gradients = [torch.empty_like(p) for p in self.parameters]
+        self.args.dout, self.args.dx, self.args.dconv = _tokens(dout), _tokens(dx), _tokens(dconv)
+        self.args.sums, self.args.gradients = sums.data_ptr(), _pointers(gradients)
+        module.launch("local_conv_dconv", (lines, 3, channels), self.args)
+        module.launch("local_conv_backward", (lines, 3, channels), self.args)
+        _, _, summed, rows = module.config("local_conv_sum")
+        module.launch("local_conv_sum", (-(-width // summed), rows, 1), self.args)
+        return gradients

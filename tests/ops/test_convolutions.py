@@ -138,9 +138,13 @@ def test_gradients_stop_where_relu_does():
         assert grad.abs().max() > 0
 
 
+def local_parameters(channels: int) -> list[torch.Tensor]:
+    return [*(randn(channels, 1, k, k) for k in (3, 5, 7)), *(randn(channels) for _ in range(3))]
+
+
 OPERATORS = {
     "short_conv": (SHORT, lambda: (randn(2, 2, 9, 5), randn(5, 1, 4), randn(5), False)),
-    "local_conv": (LOCAL, lambda: (randn(2, 13, 3), randn(2, 13, 12), randn(83, 3), randn(3, 3), 2, 2, 3)),
+    "local_conv": (LOCAL, lambda: (randn(2, 13, 3), randn(2, 13, 12), *local_parameters(3), 2, 2, 3)),
     "conv_norm_relu": (STAGE, lambda: (randn(1, 2, 3, 4, 5), randn(1, 2, 3, 4, 5), randn(66), True, 1e-5)),
 }
 

@@ -65,8 +65,8 @@ def test_short_conv(dtype, length, width, way):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("grid", "channels"), [((1, 1, 1), 4), ((2, 14, 14), 48), ((3, 5, 7), 9), ((1, 20, 18), 16)])
 def test_local_conv(dtype, grid, channels):
-    tokens = 1 + grid[0] * grid[1] * grid[2]
-    x, residual = randn(2, tokens, channels + 4, dtype=dtype)[..., 4:], randn(2, tokens, 4 * channels)
+    tokens, apart = 1 + grid[0] * grid[1] * grid[2], 4 * (channels % 16 != 0)
+    x, residual = randn(2, tokens, channels + apart, dtype=dtype)[..., apart:], randn(2, tokens, 4 * channels)
     parameters = [randn(channels, 1, k, k) / k for k in (3, 5, 7)] + [randn(channels) for _ in range(3)]
 
     def call(function):

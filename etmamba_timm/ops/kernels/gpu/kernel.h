@@ -49,6 +49,10 @@ FN float element(const void* x, i64 i, int dtype) {
     const unsigned short bits = ((const unsigned short*)x)[i];
     return dtype == 1 ? bfloat_to_float(bits) : half_to_float(bits);
 }
+FN void set_element(void* x, i64 i, int dtype, float value) {
+    if (dtype == 0) ((float*)x)[i] = value;
+    else ((unsigned short*)x)[i] = (unsigned short)(dtype == 1 ? pack_bfloat(value, 0.f) : pack_half(value, 0.f));
+}
 
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 FN float exp_fast(float x) { return exp2_fast(x * LOG2E); }

@@ -64,20 +64,22 @@ struct Place {
         in_tile = 4 * (j * rows * (across + 2) + i + 1);
     }
     FN bool inside(int r) const { return active && row + r < height && column < width; }
-    FN i64 at(i64 channel, int t, int r) const { return (channel * frames + t) * plane + (i64)(row + r) * width; }
+    // Where the thread's first pixel is, in a frame of the first of N channels; and from there, that of another row or channel.
+    FN i64 at(int n, int t) const { return ((i64)volume * n * frames + t) * plane + (i64)row * width + column; }
+    FN i64 from(int channel, int r) const { return channel * (frames * plane) + (i64)r * width; }
 };
 
 // Four neighbouring pixels, as they came from memory until they are needed.
 struct Held {
     Quad raw;
-    FN void load(const Place& place, const void* x, i64 row, bool some) {
+    FN void load(const Place& place, const void* x, i64 at, bool some) {
         raw = Quad{};
         if (!some) return;
 #if ALIGNED
-        raw = *(const Quad*)((const T*)x + row + place.column);
+        raw = *(const Quad*)((const T*)x + at);
 #else
         float values[4];
-        load_quad((const T*)x + row, 1, place.column, place.width, values);
+        load_quad((const T*)x + at, 1, 0, place.width - place.column, values);
         raw = pack(values);  // exact: they are T's
 #endif
     }
@@ -95,7 +97,7 @@ template <int N, int SIZE, int DEPTH> struct Planes {
     int size, from[ITEMS], some[ITEMS];  // the quads that this thread copies, and how many of their pixels exist
     FN Planes(const Place& place, int rows, const void* x, Ring& memory) : ring(memory), plane(place.plane) {
         const int begin = max(place.first - 1, 0);
-        volume = place.frames * plane;
+        volume = place.from(1, 0);
         next = (const T*)x + place.volume * N * volume + begin * plane;
         left = min(place.last + 1, place.frames) - begin;
         filled = 0, used = DEPTH - 1;
@@ -238,12 +240,13 @@ struct Convolution {  // none: the values themselves
         shared.parameters.load((const float*)a.parameters);
     }
     FN void add(const Place& place, int t) {
+        const i64 here = place.at(C, t);
 #pragma unroll
         for (int c = 0; c < C; ++c)
 #pragma unroll
             for (int r = 0; r < ROWS; ++r) {
                 Held held;
-                held.load(place, x, place.at((i64)place.volume * C + c, t, r), place.inside(r));
+                held.load(place, x, here + place.from(c, r), place.inside(r));
                 held.get(values[c][r]);
             }
     }
@@ -264,27 +267,30 @@ struct Norm {
             for (int c = 0; c < C; ++c) normed[o] = fmaf(p.mix[o][c], v[c], normed[o]);
             square = fmaf(normed[o], normed[o], square);
         }
-        scale = rsqrtf(fmaf(square, 1.f / C, eps));
+        scale = reciprocal_root(fmaf(square, 1.f / C, eps));
 #pragma unroll
         for (int o = 0; o < C; ++o) normed[o] *= scale;
     }
 };
+
+template <int FROM, int TO>
+FN void load_rows(const Place& place, const void* x, i64 here, bool some, Held (*rows)[C]) {
+#pragma unroll
+    for (int r = FROM; r < TO; ++r)
+#pragma unroll
+        for (int c = 0; c < C; ++c) rows[r][c].load(place, x, here + place.from(c, r), some && place.inside(r));
+}
 
 CONFIG(conv_norm_relu, THREADS, sizeof(Shared), BLOCKS, ROWS, ACROSS, TILE)
 KERNEL(conv_norm_relu, THREADS, BLOCKS) {
     SHARED(Shared, shared);
     const Parameters& p = shared.parameters;
     const Place place(a, ROWS);
-    const i64 channel = (i64)place.volume * C;
+    i64 here = place.at(C, place.first - 2 * REACH);
     Convolution convolution(a, place, shared);
-    for (int t = place.first - 2 * REACH; t < place.last; ++t, convolution.next()) {
-        Held residual[C][ROWS];  // asked for now, and needed after the convolution
-#pragma unroll
-        for (int i = 0; i < C * ROWS; ++i) {
-            const int c = i / ROWS, r = i % ROWS;
-            const bool some = a.residual && t >= place.first && place.inside(r);
-            residual[c][r].load(place, a.residual, place.at(channel + c, t, r), some);
-        }
+    for (int t = place.first - 2 * REACH; t < place.last; ++t, here += place.plane, convolution.next()) {
+        Held residual[ROWS][C];  // asked for now, and needed after the convolution
+        load_rows<0, ROWS>(place, a.residual, here, a.residual && t >= place.first, residual);
         convolution.add(place, t + REACH);
         if (t < place.first) continue;
 #pragma unroll
@@ -298,8 +304,7 @@ KERNEL(conv_norm_relu, THREADS, BLOCKS) {
                 const Norm norm(p, v, (float)a.eps);
 #pragma unroll
                 for (int c = 0; c < C; ++c) {
-                    y[c][j] = fmaf(norm.normed[c], p.gain[c], p.shift[c]);
-                    y[c][j] = y[c][j] < 0.f ? 0.f : y[c][j];  // keeps NaN
+                    y[c][j] = relu(fmaf(norm.normed[c], p.gain[c], p.shift[c]));
                 }
             }
             if (!place.inside(r)) continue;
@@ -307,11 +312,11 @@ KERNEL(conv_norm_relu, THREADS, BLOCKS) {
             for (int c = 0; c < C; ++c) {
                 if (a.residual) {
                     float add[4];
-                    residual[c][r].get(add);
+                    residual[r][c].get(add);
 #pragma unroll
                     for (int j = 0; j < 4; ++j) y[c][j] += add[j];
                 }
-                store_quad((T*)a.out + place.at(channel + c, t, r), 1, place.column, place.width, y[c]);
+                store_quad((T*)a.out + here + place.from(c, r), 1, 0, place.width - place.column, y[c]);
             }
         }
     }
@@ -374,36 +379,36 @@ CONFIG(conv_norm_relu_backward, THREADS, sizeof(Shared), BLOCKS, ROWS, ACROSS, T
 KERNEL(conv_norm_relu_backward, THREADS, BLOCKS) {
     SHARED(Shared, shared);
     const Place place(a, ROWS);
-    const i64 channel = (i64)place.volume * C;
+    i64 here = place.at(C, place.first - 2 * REACH);
     Convolution convolution(a, place, shared);
     Sums sums(shared);
-    for (int t = place.first - 2 * REACH; t < place.last; ++t, convolution.next()) {
-        Held dout[C][ROWS];
-#pragma unroll
-        for (int i = 0; i < C * ROWS; ++i) {
-            const int c = i / ROWS, r = i % ROWS;
-            dout[c][r].load(place, a.dout, place.at(channel + c, t, r), t >= place.first && place.inside(r));
-        }
+    for (int t = place.first - 2 * REACH; t < place.last; ++t, here += place.plane, convolution.next()) {
+        Held dout[ROWS][C];
+        constexpr int EARLY = FEW;  // rows that there are registers for during the convolution
+        load_rows<0, EARLY>(place, a.dout, here, t >= place.first, dout);
         convolution.add(place, t + REACH);
         if (t < place.first) continue;
+        load_rows<EARLY, ROWS>(place, a.dout, here, true, dout);
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
             float d[C][4];
 #pragma unroll
-            for (int c = 0; c < C; ++c) dout[c][r].get(d[c]);
+            for (int c = 0; c < C; ++c) dout[r][c].get(d[c]);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 float v[C], pixel[C];
 #pragma unroll
                 for (int c = 0; c < C; ++c) v[c] = convolution.value(c, r, j), pixel[c] = d[c][j];
-                differentiate(shared.parameters, v, (float)a.eps, pixel, sums);
+                const int zero = FEW ? 0 : opaque(0);  // nothing is kept in registers for the next pixel
+                sums.many += zero;
+                differentiate((&shared.parameters)[zero], v, (float)a.eps, pixel, sums);
 #pragma unroll
                 for (int c = 0; c < C; ++c) d[c][j] = pixel[c];
             }
             if (!a.dv || !place.inside(r)) continue;
 #pragma unroll
             for (int c = 0; c < C; ++c)
-                store_quad((T*)a.dv + place.at(channel + c, t, r), 1, place.column, place.width, d[c]);
+                store_quad((T*)a.dv + here + place.from(c, r), 1, 0, place.width - place.column, d[c]);
         }
     }
     float values[SUMS];
@@ -435,13 +440,14 @@ KERNEL(depthwise_backward, THREADS, TAP_BLOCKS) {
     float x[3][TAP_ROWS][4] = {}, dx[3][TAP_ROWS][4] = {};  // at the frames before, of and after the plane
     Held next[TAP_ROWS];
 #pragma unroll
-    for (int r = 0; r < TAP_ROWS; ++r) next[r].load(place, a.x, place.at(place.volume, place.first, r), place.inside(r));
-    for (int t = place.first - 1; t <= place.last; ++t) {
+    for (int r = 0; r < TAP_ROWS; ++r) next[r].load(place, a.x, place.at(1, place.first) + place.from(0, r), place.inside(r));
+    i64 here = place.at(1, place.first - 1);
+    for (int t = place.first - 1; t <= place.last; ++t, here += place.plane) {
 #pragma unroll
         for (int r = 0; r < TAP_ROWS; ++r) {
             next[r].get(x[2][r]);
             const bool some = t + 2 < place.last && place.inside(r);
-            next[r].load(place, a.x, place.at(place.volume, t + 2, r), some);
+            next[r].load(place, a.x, here + 2 * place.plane + place.from(0, r), some);
         }
         if (t >= 0 && t < place.frames) {
             planes.advance();
@@ -472,7 +478,7 @@ KERNEL(depthwise_backward, THREADS, TAP_BLOCKS) {
 #pragma unroll
         for (int r = 0; r < TAP_ROWS; ++r) {
             if (a.dx && t > place.first && place.inside(r))
-                store_quad((T*)a.dx + place.at(place.volume, t - 1, r), 1, place.column, place.width, dx[0][r]);
+                store_quad((T*)a.dx + here - place.plane + place.from(0, r), 1, 0, place.width - place.column, dx[0][r]);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 x[0][r][j] = x[1][r][j], x[1][r][j] = x[2][r][j];

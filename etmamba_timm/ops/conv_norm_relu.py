@@ -229,11 +229,12 @@ class _Gpu:
         dv = torch.empty_like(self.x) if self.depthwise else dx
         module = self.module(dout, dx, dv)
         self.args.dout, self.args.dx, self.args.dv = dout.data_ptr(), pointer(dx), pointer(dv)
-        sums = self.sums(batch * self.blocks(module, "conv_norm_relu_backward"), channels * (channels + 3))
+        taps = 27 * channels * self.depthwise
+        sums = self.sums(batch * self.blocks(module, "conv_norm_relu_backward"), len(self.parameters) - taps)
         module.launch("conv_norm_relu_backward", (len(sums), 1, 1), self.args)
         if not self.depthwise:
             return sums.sum(0)
-        tap_sums = self.sums(batch * self.blocks(module, "depthwise_backward"), channels * 28)
+        tap_sums = self.sums(batch * self.blocks(module, "depthwise_backward"), taps)
         module.launch("depthwise_backward", (len(tap_sums) * channels, 1, 1), self.args)
         return torch.cat([tap_sums.sum(0), sums.sum(0)])
 

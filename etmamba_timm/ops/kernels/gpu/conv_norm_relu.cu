@@ -31,7 +31,7 @@ struct Args {  // must match conv_norm_relu.py
     void* parameters;           // float32: depthwise [C, 27] and [C] (if any), pointwise [C, C] and [C], norm [C] and [C]
     void *x, *residual, *out;   // [B, C, T, H, W], contiguous; residual or null
     void *dout, *dv, *dx;       // dv: gradient of the depthwise convolution's output; null if nobody needs it, as dx
-    float* sums;                // gradients of the parameters, of every block (one channel's: of every C blocks)
+    float* sums;                // gradients of parameters: [blocks, all but the taps], or [blocks / C, C, 27] for the taps
     double eps;
 };
 
@@ -415,17 +415,26 @@ KERNEL(conv_norm_relu_backward, THREADS, BLOCKS) {
 #pragma unroll
     for (int i = 0; i < SUMS; ++i) values[i] = sums.at(i);
     sum_over_warps(values, shared.sums);
-    float* to = a.sums + (i64)blockIdx.x * SUMS;
-    for (int i = threadIdx.x; i < SUMS; i += THREADS) to[i] = sum_of_warps<SUMS>(shared.sums, i);
+    constexpr int BIASES = DEPTHWISE ? C : 0;
+    float* to = a.sums + (i64)blockIdx.x * (BIASES + SUMS);
+    for (int i = threadIdx.x; i < SUMS; i += THREADS) to[BIASES + i] = sum_of_warps<SUMS>(shared.sums, i);
+    // The depthwise biases' gradients are sums of dv, and these follow from the sums of what dv is made from.
+    const int c = threadIdx.x;
+    if (c < BIASES) {
+        float sum = 0.f;
+        for (int o = 0; o < C; ++o)
+            sum = fmaf(shared.parameters.mix[o][c], sum_of_warps<SUMS>(shared.sums, Sums::MIX_BIAS + o), sum);
+        to[c] = sum;
+    }
 }
 
 #if DEPTHWISE
 struct TapShared {
-    float sums[THREADS / 32][28];
+    float sums[THREADS / 32][27];
     alignas(16) Planes<1, TAP_TILE, TAP_STAGES>::Ring ring;
 };
 
-// The depthwise convolution's own backward pass: dx and the gradients of its parameters, from dv and x.
+// The depthwise convolution's own backward pass: dx and the taps' gradients, from dv and x.
 //
 // A plane of dv gives to dx at three frames, and to the taps by x at the same three: both take the same values of dv.
 CONFIG(depthwise_backward, THREADS, sizeof(TapShared), TAP_BLOCKS, TAP_ROWS, ACROSS, TAP_TILE)
@@ -433,7 +442,7 @@ KERNEL(depthwise_backward, THREADS, TAP_BLOCKS) {
     SHARED(TapShared, shared);
     const Place place(a, TAP_ROWS);
     const int c = place.volume % C;
-    float taps[27], sums[28] = {};
+    float taps[27], sums[27] = {};
 #pragma unroll
     for (int k = 0; k < 27; ++k) taps[k] = ((const float*)a.parameters)[c * 27 + k];
     Planes<1, TAP_TILE, TAP_STAGES> planes(place, TAP_ROWS, a.dv, shared.ring);
@@ -452,12 +461,10 @@ KERNEL(depthwise_backward, THREADS, TAP_BLOCKS) {
         if (t >= 0 && t < place.frames) {
             planes.advance();
             const T* dv = planes.channel(0) + place.in_tile;
-            const bool own = place.active && t >= place.first && t < place.last;
 #pragma unroll
             for (int r = 0; r < TAP_ROWS + 2; ++r) {
                 float d[6];
                 read_six(dv + r * 4 * (place.across + 2), d);
-                if (r > 0 && r <= TAP_ROWS && own) sums[27] += d[1] + d[2] + d[3] + d[4];
 #pragma unroll
                 for (int k = 0; k < 27; ++k) {
                     const int kt = k / 9, row = r - 2 + k / 3 % 3, kw = k % 3;
@@ -487,8 +494,7 @@ KERNEL(depthwise_backward, THREADS, TAP_BLOCKS) {
         }
     }
     sum_over_warps(sums, shared.sums);
-    float* to = a.sums + ((i64)(place.volume / C) * place.parts + place.part) * 28 * C;  // [C, 27], then [C] biases
-    const int i = threadIdx.x;
-    if (i < 28) to[i < 27 ? c * 27 + i : C * 27 + c] = sum_of_warps<28>(shared.sums, i);
+    float* to = a.sums + (((i64)(place.volume / C) * place.parts + place.part) * C + c) * 27;
+    if (threadIdx.x < 27) to[threadIdx.x] = sum_of_warps<27>(shared.sums, threadIdx.x);
 }
 #endif

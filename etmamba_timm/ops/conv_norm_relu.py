@@ -181,7 +181,7 @@ class _GpuArgs(ctypes.Structure):  # must match kernels/gpu/conv_norm_relu.cu
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("frames", "height", "width", "across", "down", "stretch")),
         *((name, ctypes.c_void_p) for name in ("parameters", "x", "residual", "out", "dout", "dv", "dx", "sums")),
-        ("eps", ctypes.c_double),
+        ("eps", ctypes.c_float),
     ]
 
 

@@ -32,7 +32,7 @@ struct Args {  // must match conv_norm_relu.py
     void *x, *residual, *out;   // [B, C, T, H, W], contiguous; residual or null
     void *dout, *dv, *dx;       // dv: gradient of the depthwise convolution's output; null if nobody needs it, as dx
     float* sums;                // gradients of parameters: [blocks, all but the taps], or [blocks / C, C, 27] for the taps
-    double eps;
+    float eps;
 };
 
 // The part of the tensors that a block and a thread have.
@@ -93,22 +93,23 @@ template <int N, int SIZE, int DEPTH> struct Planes {
     Ring& ring;
     const T* next;  // frame to copy
     i64 volume, plane;
-    int left, filled, used;            // frames to copy; places in the ring
-    int size, from[ITEMS], some[ITEMS];  // the quads that this thread copies, and how many of their pixels exist
+    int left, now;  // frames to copy; where in the ring the current frame is, and the next copy will be
+    int size, from[ITEMS];          // the quads that this thread copies: where they start in a frame, -1 outside it
+    int some[ALIGNED ? 1 : ITEMS];  // and how many of their pixels are inside
     FN Planes(const Place& place, int rows, const void* x, Ring& memory) : ring(memory), plane(place.plane) {
         const int begin = max(place.first - 1, 0);
         volume = place.from(1, 0);
         next = (const T*)x + place.volume * N * volume + begin * plane;
         left = min(place.last + 1, place.frames) - begin;
-        filled = 0, used = DEPTH - 1;
+        now = 0;
         size = (place.across + 2) * (place.down * rows + 2);
 #pragma unroll
         for (int k = 0; k < ITEMS; ++k) {
             const int i = threadIdx.x + k * THREADS;
             const int h = place.top - 1 + i / (place.across + 2), w = 4 * (place.left - 1 + i % (place.across + 2));
-            const bool inside = h >= 0 && h < place.height && w >= 0;
-            some[k] = inside ? max(min(place.width - w, 4), 0) : 0;
-            from[k] = some[k] ? h * place.width + w : 0;
+            const bool inside = h >= 0 && h < place.height && w >= 0 && w < place.width;
+            from[k] = inside ? h * place.width + w : -1;
+            if (!ALIGNED) some[k] = min(place.width - w, 4);
         }
 #pragma unroll
         for (int k = 0; k < DEPTH - 1; ++k) copy();
@@ -120,12 +121,13 @@ template <int N, int SIZE, int DEPTH> struct Planes {
 #pragma unroll
                 for (int k = 0; k < ITEMS; ++k) {
                     const int i = threadIdx.x + k * THREADS;
-                    if (i < size) copy_quad(ring[filled][c] + 4 * i, next + c * volume + from[k], some[k]);
+                    const int pixels = from[k] < 0 ? 0 : ALIGNED ? 4 : some[k];
+                    if (i < size) copy_quad(ring[now][c] + 4 * i, next + c * volume + max(from[k], 0), pixels);
                 }
             next += plane, --left;
-            filled = filled + 1 == DEPTH ? 0 : filled + 1;
         }
         commit_copies();
+        now = now + 1 == DEPTH ? 0 : now + 1;
     }
     FN static void copy_quad(T* to, const T* from, int some) {
 #if ALIGNED
@@ -140,9 +142,8 @@ template <int N, int SIZE, int DEPTH> struct Planes {
         wait_for_copies<DEPTH - 2>();
         __syncthreads();  // others' copies are there, and nobody reads the frame that the next copy replaces
         copy();
-        used = used + 1 == DEPTH ? 0 : used + 1;
     }
-    FN const T* channel(int c) const { return ring[used][c]; }
+    FN const T* channel(int c) const { return ring[now][c]; }
 };
 
 // A thread's four pixels of a row in a tile, and one to either side.
@@ -301,7 +302,7 @@ KERNEL(conv_norm_relu, THREADS, BLOCKS) {
                 float v[C];
 #pragma unroll
                 for (int c = 0; c < C; ++c) v[c] = convolution.value(c, r, j);
-                const Norm norm(p, v, (float)a.eps);
+                const Norm norm(p, v, a.eps);
 #pragma unroll
                 for (int c = 0; c < C; ++c) {
                     y[c][j] = relu(fmaf(norm.normed[c], p.gain[c], p.shift[c]));
@@ -348,6 +349,17 @@ struct Sums {
     }
     FN float& at(int i) { return FEW ? few[i] : many[i * THREADS]; }
     FN void add(int i, float x, float y) { at(i) = fmaf(x, y, at(i)); }
+    // The norm takes the mean off, so gradients before it add up to 0: the last output's are minus the others'.
+    FN void finish(float* all) {
+#pragma unroll
+        for (int i = 0; i < SUMS; ++i) all[i] = at(i);
+#pragma unroll
+        for (int o = 0; o < C - 1; ++o) {
+            all[MIX_BIAS + C - 1] -= all[MIX_BIAS + o];
+#pragma unroll
+            for (int c = 0; c < C; ++c) all[(C - 1) * C + c] -= all[o * C + c];
+        }
+    }
 };
 
 // dv, in place of dout, at a pixel.
@@ -363,14 +375,15 @@ FN void differentiate(const Parameters& p, const float* v, float eps, float* d, 
         d[o] = 0.f;
     }
     mean *= 1.f / C, along *= 1.f / C;
+    const Parameters& again = (&p)[FEW ? 0 : opaque(0)];
 #pragma unroll
     for (int o = 0; o < C; ++o) {
         dmixed[o] = (dmixed[o] - mean - norm.normed[o] * along) * norm.scale;
-        sums.at(Sums::MIX_BIAS + o) += dmixed[o];
+        if (o < C - 1) sums.at(Sums::MIX_BIAS + o) += dmixed[o];
 #pragma unroll
         for (int c = 0; c < C; ++c) {
-            sums.add(o * C + c, dmixed[o], v[c]);
-            d[c] = fmaf(dmixed[o], p.mix[o][c], d[c]);
+            if (o < C - 1) sums.add(o * C + c, dmixed[o], v[c]);
+            d[c] = fmaf(dmixed[o], again.mix[o][c], d[c]);
         }
     }
 }
@@ -391,6 +404,7 @@ KERNEL(conv_norm_relu_backward, THREADS, BLOCKS) {
         load_rows<EARLY, ROWS>(place, a.dout, here, true, dout);
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
+            int zero = opaque(0);  // parameters aren't kept in registers for the next row; with many channels, or pixel
             float d[C][4];
 #pragma unroll
             for (int c = 0; c < C; ++c) dout[r][c].get(d[c]);
@@ -399,9 +413,8 @@ KERNEL(conv_norm_relu_backward, THREADS, BLOCKS) {
                 float v[C], pixel[C];
 #pragma unroll
                 for (int c = 0; c < C; ++c) v[c] = convolution.value(c, r, j), pixel[c] = d[c][j];
-                const int zero = FEW ? 0 : opaque(0);  // nothing is kept in registers for the next pixel
-                sums.many += zero;
-                differentiate((&shared.parameters)[zero], v, (float)a.eps, pixel, sums);
+                if (!FEW) zero = opaque(0), sums.many += zero;
+                differentiate((&shared.parameters)[zero], v, a.eps, pixel, sums);
 #pragma unroll
                 for (int c = 0; c < C; ++c) d[c][j] = pixel[c];
             }
@@ -412,8 +425,7 @@ KERNEL(conv_norm_relu_backward, THREADS, BLOCKS) {
         }
     }
     float values[SUMS];
-#pragma unroll
-    for (int i = 0; i < SUMS; ++i) values[i] = sums.at(i);
+    sums.finish(values);
     sum_over_warps(values, shared.sums);
     constexpr int BIASES = DEPTHWISE ? C : 0;
     float* to = a.sums + (i64)blockIdx.x * (BIASES + SUMS);

@@ -12,15 +12,16 @@ _logger = logging.getLogger(__name__)
 _told: set[str] = set()
 
 
-def takes(operator: str, *tensors: Tensor | None) -> bool:
+def takes(operator: str, *tensors: Tensor | None, gpu_limit: str | None = None) -> bool:
     """Whether the kernels can take these tensors; if not on a GPU, the log says why, once.
 
     They take floating-point tensors on the CPU (and on 'meta', with only shapes) and on a GPU (there without float64),
-    and have no forward-mode derivative.
+    and have no forward-mode derivative. `gpu_limit` is a reason why the operator's GPU kernels don't take them, if any.
     """
     given = [t for t in tensors if t is not None]
-    reason = _why_not(given)
-    if reason and given[0].is_cuda and not torch.compiler.is_compiling():
+    on_gpu = load_gpu.on_gpu(given[0])
+    reason = _why_not(given) or (gpu_limit if on_gpu else None)
+    if reason and on_gpu and not torch.compiler.is_compiling():
         _tell_once(f"{operator} runs on PyTorch's operators, because {reason}")
     return reason is None
 

@@ -193,6 +193,8 @@ inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float log2_fast(float x) { return std::log2(x); }
 inline float reciprocal(float x) { return 1 / x; }
+inline float reciprocal_root(float x) { return 1 / std::sqrt(x); }
+inline float relu(float x) { return x < 0 ? 0 : x; }
 inline float half_to_float(unsigned short bits) { _Float16 x; std::memcpy(&x, &bits, 2); return x; }
 inline unsigned round_half(float x) { _Float16 y = (_Float16)x; unsigned short bits; std::memcpy(&bits, &y, 2); return bits; }
 inline unsigned round_bfloat(float x) {

@@ -13,6 +13,9 @@ from etmamba_timm.ops.kernels import build_gpu
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # The macros of each file besides DTYPE, as the models use them.
 MACROS: dict[str, list[dict[str, int]]] = {
+    "conv_norm_relu.cu": [
+        {"ALIGNED": aligned, "CHANNELS": 3, "DEPTHWISE": depthwise} for aligned in (0, 1) for depthwise in (0, 1)
+    ],
     "norm.cu": [{"ALIGNED": aligned} for aligned in (0, 1)],
     "short_conv.cu": [{"ALIGNED": aligned, "TAPS": 4} for aligned in (0, 1)],
 }

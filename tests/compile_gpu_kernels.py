@@ -14,6 +14,9 @@ from etmamba_timm.ops.scan import gpu
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # The macros of each file besides DTYPE, as the models use them.
 MACROS: dict[str, list[dict[str, int]]] = {
+    "conv_norm_relu.cu": [
+        {"ALIGNED": aligned, "CHANNELS": 3, "DEPTHWISE": depthwise} for aligned in (0, 1) for depthwise in (0, 1)
+    ],
     "local_conv.cu": [{"DENSE": dense, "WIDTH": width} for dense, width in ((144, 14), (0, 14), (144, 20))],
     "norm.cu": [{"ALIGNED": aligned} for aligned in (0, 1)],
     "scan_backward.cu": [{"ALIGNED": aligned, "KEEP": gpu.KEEP} for aligned in (0, 1)],

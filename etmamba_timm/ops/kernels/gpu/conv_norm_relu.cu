@@ -20,10 +20,13 @@ constexpr int THREADS = FEW ? 192 : 64, ACROSS = FEW ? 64 : 16;  // ACROSS: most
 constexpr int most_quads(int rows) { return (ACROSS + 2) * (THREADS / ACROSS * rows + 2); }  // in a tile and its margin
 
 // The forward kernel, and the first of the backward: a thread has all channels.
-constexpr int ROWS = FEW && DTYPE && ALIGNED ? 2 : 1, TILE = most_quads(ROWS), STAGES = 3, BLOCKS = FEW ? 2 : 4;
+constexpr int ROWS = FEW && DTYPE && ALIGNED ? 2 : 1, TILE = most_quads(ROWS), BLOCKS = FEW ? 2 : 4;
 constexpr int SUMS = C * (C + 3);  // parameters but for the depthwise convolution's
+#if DEPTHWISE
+constexpr int STAGES = 3;  // frames in the ring
 // The second kernel of the backward: a block has one channel.
 constexpr int TAP_ROWS = 2, TAP_TILE = most_quads(TAP_ROWS), TAP_STAGES = 4, TAP_BLOCKS = 384 / THREADS;
+#endif
 
 struct Args {  // must match conv_norm_relu.py
     i64 frames, height, width;

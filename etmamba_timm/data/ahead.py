@@ -22,7 +22,7 @@ from .ffmpeg import VideoError
 
 _logger = logging.getLogger(__name__)
 
-MOST_DEATHS = 2  # of workers at the same file, before it is given up
+MOST_DEATHS = 2  # of workers in a row at the same clip, before its file is given up
 _READY, _CLIP = "ready", "clip"
 
 
@@ -82,16 +82,17 @@ class _Worker:
         self.slots = _tensor(self.memory, shape)
         self.file = 0  # position in `indices`
         self.process: Any = None
+        self.can_start = False  # whether a process has ever begun its work
 
     def start(self, first_clip: int = 0) -> None:
         """Starts a process that begins with a clip of the current file."""
         self.slot, self.lent = 0, False
         self.connection, theirs = self.context.Pipe()
-        arguments = theirs, self.memory, len(self.slots), self.views, self.indices[self.file :], first_clip
+        ends = theirs, self.connection
+        arguments = ends, self.memory, len(self.slots), self.views, self.indices[self.file :], first_clip
         self.process = self.context.Process(target=_work, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
-        self.is_ready = False
 
     def clips(self) -> Iterator[Tensor | Exception]:
         """The clips of the next file, or the error that ends it."""
@@ -103,6 +104,11 @@ class _Worker:
                 deaths += 1
                 died = self._reason()
                 self.stop()
+                if not self.can_start:
+                    raise RuntimeError(
+                        f"a decoding process ended before its work began ({died}); its own message may say why. "
+                        "Without workers, no processes are started"
+                    ) from None
                 file = self.views.files[self.indices[self.file]]
                 if deaths < MOST_DEATHS:
                     _logger.warning("%s: the process that decodes it has died (%s); a new one is started", file, died)
@@ -122,7 +128,7 @@ class _Worker:
             self.lent = True
             yield self.slots[self.slot]
             self.slot = (self.slot + 1) % len(self.slots)
-            done += 1
+            done, deaths = done + 1, 0
         self.file += 1
 
     def stop(self) -> None:
@@ -134,23 +140,15 @@ class _Worker:
 
     def _receive(self) -> str | Exception:
         """The process's next message; the slot of the clip before is free from now on."""
-        if not self.is_ready:
-            self._wait_until_ready()
         if self.lent:
             self.lent = False
             with contextlib.suppress(OSError):  # it may have died after its last message
                 self.connection.send_bytes(b"")
-        return self.connection.recv()
-
-    def _wait_until_ready(self) -> None:
-        try:
-            self.connection.recv()
-        except (EOFError, OSError):
-            raise RuntimeError(
-                f"a decoding process ended before its work began ({self._reason()}); its own message may say why. "
-                "Without `workers`, no processes are started"
-            ) from None
-        self.is_ready = True
+        message = self.connection.recv()
+        if message == _READY:
+            self.can_start = True
+            message = self.connection.recv()
+        return message
 
     def _reason(self) -> str:
         self.process.join()
@@ -158,8 +156,12 @@ class _Worker:
         return signal.Signals(-code).name if code is not None and code < 0 else f"exit status {code}"
 
 
-def _work(connection: Any, memory: Any, num_slots: int, views: Views, indices: Sequence[int], first_clip: int) -> None:
+def _work(
+    ends: tuple[Any, Any], memory: Any, num_slots: int, views: Views, indices: Sequence[int], first_clip: int
+) -> None:
     """A worker process: decodes files until there are no more, or nobody listens any more."""
+    connection, other_end = ends
+    other_end.close()  # or it wouldn't see that the parent has died
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the process that ends this one
     torch.set_num_threads(1)
     slots = _tensor(memory, (num_slots, views.num_crops, *views.shape))

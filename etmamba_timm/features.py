@@ -111,6 +111,7 @@ class FeatureFiles:
         self._log_line({"file": file, "features": base64.b64encode(features.numpy().tobytes()).decode()})
         if self.has_shards and len(self._rows) == SHARD_FILES:
             self._write(self._rows)
+            self._in_shards += [file for file, _ in self._rows]
             self._log.close()
             _partial(self._target).unlink()
             self._open(self._number + 1)

@@ -50,7 +50,7 @@ def mean_over_views(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
     weight = next(model.parameters())
-    device, on_cuda = weight.device, weight.device.type == "cuda"
+    device, on_cuda = weight.device, _is_cuda(weight.device)
     autocast = torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
     videos: deque[_Video] = deque()  # read, and not yielded yet
     batches: deque[_Batch] = deque([_Batch(views, batch_size, on_cuda)])  # running ones, and the one being filled
@@ -126,7 +126,7 @@ class _Batch:
         """Starts to copy the outputs [B, X] from the device."""
         self.outputs = outputs.to("cpu", non_blocking=self.event is not None)
         if self.event is not None:
-            self.event.record()
+            self.event.record(torch.cuda.current_stream(outputs.device))
 
     def share(self, softmax: bool) -> None:
         """Waits for the outputs and gives each video its own."""
@@ -144,3 +144,7 @@ class _Batch:
         for video in self.videos:
             video.error = error
         self.videos = []
+
+
+def _is_cuda(device: torch.device) -> bool:
+    return device.type == "cuda"

@@ -139,3 +139,53 @@ def test_half_precision_models_take_clips_in_it(files):
 def test_no_batch(files):
     with pytest.raises(ValueError, match="batch_size is 0; it must be 1 or more"):
         next(mean_over_views(Model(), Model(), views(files), batch_size=0))
+
+
+@pytest.mark.parametrize("failing", [None, 1, 3])
+def test_a_batch_that_runs_while_the_next_is_read(files, monkeypatch, failing):
+    """The order of events on a GPU, with a stand-in for it: a batch's outputs are used after the next is launched."""
+    happened = []
+
+    class Event:
+        def __init__(self, blocking: bool) -> None:
+            self.number = None
+
+        def record(self, stream) -> None:
+            self.number = happened.count("launched")
+            happened.append("launched")
+
+        def synchronize(self) -> None:
+            happened.append(f"waited for {self.number}")
+            if self.number == failing:
+                raise RuntimeError("the device failed")
+
+    monkeypatch.setattr("etmamba_timm.views._is_cuda", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs))
+    model = Model()
+    results = list(mean_over_views(model, model, views(files), batch_size=1))
+    launched, waited = ["launched"] * 2, [f"waited for {i}" for i in range(5)]
+    assert happened == [*launched, waited[0], "launched", waited[1], "launched", waited[2], "launched", *waited[3:]]
+    monkeypatch.undo()
+    number = {0: 0, 1: 1, 3: 2, 4: 3, 5: 4}  # of each good file's batch
+    for index, (result, expected) in enumerate(zip(results, mean_over_views(model, model, views(files)), strict=True)):
+        if index in number and number[index] == failing:
+            assert str(result) == "the device failed"
+        elif index in number:
+            torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (4, 2), (100, 1)])
+def test_a_gpu_gives_the_same(files, batch_size, workers):
+    """Tolerance: float32 sums in another order."""
+    expected = list(mean_over_views(Model(), Model(), views(files, 3, 3)))
+    model = Model().cuda()
+    results = list(mean_over_views(model, model, views(files, 3, 3), batch_size=batch_size, workers=workers))
+    for result, other in zip(results, expected, strict=True):
+        if isinstance(other, Tensor):
+            torch.testing.assert_close(result, other, rtol=1e-4, atol=1e-5)
+        else:
+            assert str(result) == str(other)

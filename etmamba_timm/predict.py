@@ -5,9 +5,8 @@ scores = predict(model, "clip.mp4", num_clips=4, num_crops=3)
 print(top_classes(model, scores))
 """
 
-import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ from .checkpoints import find_checkpoint, read_checkpoint
 from .checkpoints.config import CONFIG_FILE, read_config
 from .checkpoints.fetch import fetch
 from .checkpoints.read import architecture_of
-from .data import EvalTransform, VideoReader, fixed_clips
+from .data import EvalTransform, Views
 from .models import VARIANTS, EtMamba
+from .views import mean_over_views
 
 _logger = logging.getLogger(__name__)
 
@@ -111,9 +111,9 @@ def predict(
         ValueError: a model without classes or in training mode, an invalid number of clips or crops, or scores that
             aren't finite.
     """
-    if model.num_classes < 1:
-        raise ValueError("the model has no classes to predict; use extract_features, or a checkpoint with a classifier")
-    return _over_views(model, lambda x: model(x).float().softmax(-1), path, num_clips, num_crops, dtype)
+    return _only(
+        predict_files(model, [path], num_clips=num_clips, num_crops=num_crops, dtype=dtype, batch_size=num_crops)
+    )
 
 
 def extract_features(
@@ -125,11 +125,58 @@ def extract_features(
 
     Returns: float32 [D], on the CPU.
     """
+    return _only(
+        features_of_files(model, [path], num_clips=num_clips, num_crops=num_crops, dtype=dtype, batch_size=num_crops)
+    )
 
-    def features(x: Tensor) -> Tensor:
-        return model.forward_head(model.forward_features(x), pre_logits=True).float()
 
-    return _over_views(model, features, path, num_clips, num_crops, dtype)
+def predict_files(
+    model: EtMamba,
+    paths: Sequence[str | Path],
+    *,
+    num_clips: int = 1,
+    num_crops: int = 1,
+    dtype: torch.dtype | None = None,
+    batch_size: int = 8,
+    workers: int = 0,
+) -> Iterator[Tensor | Exception]:
+    """Class scores of many video files, as by `predict` apart from rounding.
+
+    Args:
+        model, num_clips, num_crops, dtype: as in `predict`.
+        paths: the video files.
+        batch_size: views per forward pass, of several files.
+        workers: processes that decode ahead of the model; 0 to decode in this one.
+
+    Yields: for each file in order, float32 [num_classes] on the CPU, or the error that `predict` would raise.
+
+    Raises:
+        ValueError: as `predict` for the model or the arguments.
+    """
+    if model.num_classes < 1:
+        raise ValueError("the model has no classes to predict; use extract_features, or a checkpoint with a classifier")
+    views = _views(model, paths, num_clips, num_crops)
+    results = mean_over_views(model, model, views, softmax=True, batch_size=batch_size, workers=workers, dtype=dtype)
+    return _finite(results, paths)
+
+
+def features_of_files(
+    model: EtMamba,
+    paths: Sequence[str | Path],
+    *,
+    num_clips: int = 1,
+    num_crops: int = 1,
+    dtype: torch.dtype | None = None,
+    batch_size: int = 8,
+    workers: int = 0,
+) -> Iterator[Tensor | Exception]:
+    """Pooled features of many video files, float32 [D] each; otherwise as `predict_files`."""
+
+    def features(clips: Tensor) -> Tensor:
+        return model.forward_head(model.forward_features(clips), pre_logits=True)
+
+    views = _views(model, paths, num_clips, num_crops)
+    return _finite(mean_over_views(model, features, views, batch_size=batch_size, workers=workers, dtype=dtype), paths)
 
 
 def top_classes(model: EtMamba, scores: Tensor, k: int = 5) -> list[dict]:
@@ -151,30 +198,27 @@ def class_names(model: EtMamba, num_classes: int) -> list[str]:
     return list(names) if len(names) == num_classes else [f"class {i}" for i in range(num_classes)]
 
 
-def _over_views(
-    model: EtMamba,
-    function: Callable[[Tensor], Tensor],
-    path: str | Path,
-    num_clips: int,
-    num_crops: int,
-    dtype: torch.dtype | None,
-) -> Tensor:
-    """Averages `function` over views. Its argument is one clip's crops [num_crops, C, T, H, W]."""
+def _views(model: EtMamba, paths: Sequence[str | Path], num_clips: int, num_crops: int) -> Views:
     if model.training or not model.global_pool:
         raise ValueError("the model must be in evaluation mode and pool its tokens: model.eval(), global_pool='token'")
     transform = EvalTransform.from_model(model, size=model.img_size)
-    weight = model.cls_token
-    autocast = torch.autocast(weight.device.type, dtype) if dtype else contextlib.nullcontext()
-    video = VideoReader(path)
-    results = []
-    with torch.inference_mode(), autocast:
-        for indices in fixed_clips(model.clip, video.info.num_frames, num_clips):
-            views = transform(video.read(indices), num_crops)
-            results.append(function(views.to(weight.device, weight.dtype)).cpu())
-    mean = torch.cat(results).mean(0)
-    if not mean.isfinite().all():
-        raise ValueError(f"{path}: the result isn't finite; check the checkpoint, or use float32")
-    return mean
+    return Views([Path(path) for path in paths], transform, model.clip, num_clips, num_crops)
+
+
+def _finite(results: Iterator[Tensor | Exception], paths: Sequence[str | Path]) -> Iterator[Tensor | Exception]:
+    """The results in float32; those that aren't finite become errors."""
+    for path, result in zip(paths, results, strict=True):
+        if isinstance(result, Tensor) and not result.isfinite().all():
+            yield ValueError(f"{path}: the result isn't finite; check the checkpoint, or use float32")
+        else:
+            yield result.float() if isinstance(result, Tensor) else result
+
+
+def _only(results: Iterator[Tensor | Exception]) -> Tensor:
+    result = next(results)
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def _create(name: str, **kwargs: Any) -> EtMamba:

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..data import EvalClips
     from ..models import EtMamba
 
+T = TypeVar("T")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -63,6 +64,18 @@ def add_dataset(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=count, default=2, metavar="N", help="decoding processes (default 2)")
 
 
+def add_batches(parser: argparse.ArgumentParser) -> None:
+    """Adds the argument for the batch size; see `batch_size`."""
+    parser.add_argument(
+        "--batch-size", type=positive, metavar="B", help="views per batch, of several videos (default 8; 1 on a CPU)"
+    )
+
+
+def batch_size(args: argparse.Namespace, model: "EtMamba") -> int:
+    """The batch size chosen by the arguments; by default 1 on a CPU, where larger batches aren't faster, else 8."""
+    return args.batch_size or (1 if model.cls_token.device.type == "cpu" else 8)
+
+
 def eval_clips(args: argparse.Namespace, model: "EtMamba") -> "EvalClips":
     """The dataset chosen by the arguments of `add_dataset` and --subset, in the model's clips and classes."""
     from ..data import EvalClips, EvalTransform, read_dataset, with_classes
@@ -102,36 +115,96 @@ def set_up(args: argparse.Namespace, need_classifier: bool) -> "tuple[EtMamba, V
     return model.to(device), {"num_clips": args.num_clips, "num_crops": args.num_crops, "dtype": dtype}
 
 
-def each(args: argparse.Namespace, work: Callable[[str], object], take: Callable) -> int:
-    """Processes the files with a progress bar; a file that fails is reported, and the others go on.
+@contextlib.contextmanager
+def process_group(args: argparse.Namespace) -> Iterator[None]:
+    """Joins the processes of a launcher such as torchrun, if there are several. Each gets a GPU, if there are GPUs."""
+    import torch
+    import torch.distributed as dist
+
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes == 1:
+        yield
+        return
+    if args.device is None and torch.cuda.is_available():
+        args.device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+    dist.init_process_group("gloo")  # for results, which are on the CPU
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make` returns, or raises, in the first process of the group; it isn't called in the others."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return make()
+    answer: list = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = make()
+        except (ValueError, OSError, RuntimeError) as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+def each(args: argparse.Namespace, files: list[str], results: Callable[[list[str]], Iterator], take: Callable) -> int:
+    """Processes files with a progress bar; a file that fails is reported, and the others go on.
+
+    The processes of a group share the files; the first takes and reports all results.
 
     Args:
-        args: `files`, `model` and perhaps `json`.
-        work: makes a file's result.
-        take: receives each result, and with --json each error.
+        args: `model` and perhaps `json`.
+        files: the files.
+        results: makes the result of each of some files, or the error that it failed with.
+        take: receives each file and its result in order, and with --json each error.
 
     Returns: the exit status, 1 if a file failed.
     """
     from tqdm import tqdm
 
     failed = 0
-    with tqdm(args.files, unit="file", disable=None if len(args.files) > 1 else True) as bar:
-        for file in bar:
-            try:
-                result = work(file)
-            except (ValueError, OSError, RuntimeError, MemoryError) as error:
+    shown = len(files) > 1 and is_first_process()
+    with tqdm(_in_order(files, results), total=len(files), unit="file", disable=None if shown else True) as bar:
+        for file, result in zip(files, bar, strict=is_first_process()):
+            if not isinstance(result, Exception):
+                with bar.external_write_mode(file=sys.stdout):
+                    take(file, result)
+            elif isinstance(result, (ValueError, OSError, RuntimeError, MemoryError)):
                 failed += 1
-                message = str(error) if str(error).startswith(file) else f"{file}: {error}"
+                message = str(result) if str(result).startswith(file) else f"{file}: {result}"
                 with bar.external_write_mode(file=sys.stderr):
                     print(f"etmamba: {message}", file=sys.stderr)
                 if getattr(args, "json", False):
-                    take(json.dumps({"file": file, "model": args.model, "error": message}))
-                continue
-            with bar.external_write_mode(file=sys.stdout):
-                take(result)
-    if failed and len(args.files) > 1:
-        print(f"etmamba: {failed} of {len(args.files)} files failed", file=sys.stderr)
+                    print(json.dumps({"file": file, "model": args.model, "error": message}), flush=True)
+            else:
+                raise result
+    if failed and len(files) > 1:
+        print(f"etmamba: {failed} of {len(files)} files failed", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _in_order(files: list[str], results: Callable[[list[str]], Iterator]) -> Iterator:
+    """The results of all processes of the group in the files' order, in the first process; nothing in the others."""
+    import torch.distributed as dist
+
+    from ..data.ahead import portable
+
+    if not dist.is_initialized():
+        yield from results(files)
+        return
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    own = results(files[rank::processes])
+    for first in range(0, len(files), processes):
+        result = next(own, None)
+        parts: list = [None] * processes
+        dist.gather_object(portable(result) if isinstance(result, Exception) else result, parts if rank == 0 else None)
+        if rank == 0:
+            yield from parts[: len(files) - first]
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .options import add_dataset, add_model, eval_clips, extra, odd, positive, set_up
+from .options import add_batches, add_dataset, add_model, batch_size, eval_clips, extra, odd, positive, set_up
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -20,7 +20,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     add_model(tsne)
     add_dataset(tsne)
     tsne.add_argument("--subset", default="val", help="train, val or test (default val)")
-    tsne.add_argument("--batch-size", type=positive, default=8, metavar="B", help="clips per batch (default 8)")
+    add_batches(tsne)
     tsne.add_argument("--classes", type=positive, default=10, metavar="N", help="plot at most N classes (default 10)")
     _add_output(tsne)
     tsne.set_defaults(run=_tsne)
@@ -89,7 +89,12 @@ def _tsne(args: argparse.Namespace) -> int:
     model, options = set_up(args, need_classifier=False)
     clips = eval_clips(args, model)
     features, labels, _ = collect_features(
-        model, clips, batch_size=args.batch_size, workers=args.workers, dtype=options["dtype"], progress=True
+        model,
+        clips,
+        batch_size=batch_size(args, model),
+        workers=args.workers,
+        dtype=options["dtype"],
+        progress=True,
     )
     plot_tsne(features, labels, clips.annotations.classes, args.output, num_classes=args.classes)
     return 0

@@ -3,11 +3,21 @@
 import argparse
 import json
 import logging
-import os
 import sys
 from pathlib import Path
 
-from .options import add_dataset, add_model, eval_clips, extra, is_first_process, positive, set_up
+from .options import (
+    add_batches,
+    add_dataset,
+    add_model,
+    batch_size,
+    eval_clips,
+    extra,
+    is_first_process,
+    positive,
+    process_group,
+    set_up,
+)
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -26,7 +36,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     add_model(evaluate)
     add_dataset(evaluate)
     evaluate.add_argument("--subset", default="val", help="train, val or test (default val)")
-    evaluate.add_argument("--batch-size", type=positive, default=8, metavar="B", help="clips per batch (default 8)")
+    add_batches(evaluate)
     evaluate.add_argument(
         "--scores", type=Path, metavar="FILE", help="write the scores of all videos to a safetensors file"
     )
@@ -65,28 +75,21 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    import torch
-    import torch.distributed as dist
-
     from ..files import check_file
     from ..training.evaluate import evaluate
 
     if args.scores is not None:
         check_file(args.scores)
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if processes > 1:  # started by torchrun or `accelerate launch`
-        if args.device is None and torch.cuda.is_available():
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        dist.init_process_group("gloo")  # for the scores, which are on the CPU
-    try:
+    with process_group(args):
         model, options = set_up(args, need_classifier=True)
-        clips = eval_clips(args, model)
         scores = evaluate(
-            model, clips, batch_size=args.batch_size, workers=args.workers, dtype=options["dtype"], progress=True
+            model,
+            eval_clips(args, model),
+            batch_size=batch_size(args, model),
+            workers=args.workers,
+            dtype=options["dtype"],
+            progress=True,
         )
-    finally:
-        if processes > 1:
-            dist.destroy_process_group()
     if not is_first_process():
         return 0
     metrics, by_class = scores.metrics(), dict(zip(scores.classes, scores.per_class(), strict=True))

@@ -1,6 +1,7 @@
 """From video files to the clips a model takes: annotations, frames, sampling, transforms, datasets."""
 
 from ..clip import Clip
+from .ahead import read_ahead
 from .annotations import (
     AnnotationError,
     Annotations,
@@ -11,7 +12,7 @@ from .annotations import (
     read_ssv2,
 )
 from .augment import TrainTransform
-from .dataset import EvalClips, TrainClips, collate
+from .dataset import EvalClips, TrainClips, Views, collate
 from .embedded import EmbeddedVideo
 from .ffmpeg import VideoError
 from .huggingface import read_huggingface
@@ -35,12 +36,14 @@ __all__ = [
     "VideoError",
     "VideoInfo",
     "VideoReader",
+    "Views",
     "collate",
     "draw_clip",
     "fixed_clips",
     "probe",
     "random_clip",
     "random_segments",
+    "read_ahead",
     "read_breakfast",
     "read_dataset",
     "read_folders",

@@ -4,6 +4,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch.utils.data import Dataset, default_collate
 
 from ..clip import Clip
 from .annotations import Annotations
+from .embedded import VideoFile
 from .sampling import draw_clip, fixed_clips
 from .transforms import ElongatedError, EvalTransform
 from .video import VideoError, VideoReader
@@ -19,6 +21,7 @@ from .video import VideoError, VideoReader
 _logger = logging.getLogger(__name__)
 
 MOST_FAILURES = 20  # undecodable videos in a row before TrainClips gives up
+MOST_BYTES = 2**27  # of frames as decoded, in memory at a time; one clip may have more
 
 
 class TrainClips(Dataset):
@@ -66,6 +69,60 @@ class TrainClips(Dataset):
         )
 
 
+@dataclass(frozen=True)
+class Views:
+    """Fixed views of video files: some clips of each, and some crops of each clip.
+
+    Attributes:
+        files: the videos.
+        transform: makes the crops, and normalises them.
+        clip: how frames are sampled; its `num_frames` is the length T of a view.
+        num_clips, num_crops: views in time and in space (1 or 3).
+
+    Raises:
+        ValueError: another number of clips or crops.
+    """
+
+    files: Sequence[VideoFile]
+    transform: EvalTransform
+    clip: Clip
+    num_clips: int = 1
+    num_crops: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_clips < 1 or self.num_crops not in (1, 3):
+            raise ValueError(
+                f"num_clips is {self.num_clips} and num_crops {self.num_crops}; use 1 clip or more, and 1 crop "
+                "(centre) or 3 (start, centre, end)"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Shape of a view as read: T, h, w, C."""
+        return self.clip.num_frames, *self.transform.size, len(self.transform.mean)
+
+    def read(self, index: int) -> Iterator[Tensor]:
+        """The crops of each clip of a file, one clip after the other: uint8 [num_crops, T, h, w, C].
+
+        Clips are decoded together, as frames they share are then decoded once, as far as all frames fit into
+        `MOST_BYTES`.
+
+        Raises:
+            VideoError: the file can't be decoded, or its frames are too elongated.
+        """
+        reader = VideoReader(self.files[index])
+        info, length = reader.info, self.clip.num_frames
+        clips = fixed_clips(self.clip, info.num_frames, self.num_clips)
+        together = max(1, MOST_BYTES // (length * info.height * info.width * 3))
+        for first in range(0, len(clips), together):
+            frames = reader.read([number for clip in clips[first : first + together] for number in clip])
+            for part in frames.split(length):
+                try:
+                    yield self.transform.crop(part, self.num_crops)
+                except ElongatedError as error:
+                    raise VideoError(f"{self.files[index]}: {error}") from error
+
+
 class EvalClips(Dataset):
     """Fixed views of each video: {'clip': float32 [clips · crops, C, T, H, W], 'label': int, 'index': int}, or None.
 
@@ -91,19 +148,22 @@ class EvalClips(Dataset):
         return len(self.annotations.samples)
 
     def __getitem__(self, index: int) -> dict | None:
-        path, label = self.annotations.samples[index]
+        views = self.views()
         try:
-            reader = VideoReader(path)
-            clips = fixed_clips(self.clip, reader.info.num_frames, self.num_clips)
-            frames = reader.read([number for clip in clips for number in clip])
-            views = [self.transform(part, self.num_crops) for part in frames.split(self.clip.num_frames)]
+            clips = torch.cat([views.transform.normalize(crops) for crops in views.read(index)])
         except VideoError as error:
-            _log_failure(self._failed, index, error)
+            self.leave_out(index, error)
             return None
-        except ElongatedError as error:
-            _log_failure(self._failed, index, VideoError(f"{path}: {error}"))
-            return None
-        return {"clip": torch.cat(views), "label": label, "index": index}
+        return {"clip": clips, "label": self.annotations.samples[index][1], "index": index}
+
+    def views(self) -> Views:
+        """The same views of all videos, without their labels."""
+        files = [file for file, _ in self.annotations.samples]
+        return Views(files, self.transform, self.clip, self.num_clips, self.num_crops)
+
+    def leave_out(self, index: int, error: VideoError) -> None:
+        """Logs once that a video can't be decoded."""
+        _log_failure(self._failed, index, error)
 
 
 def collate(items: Sequence[dict | None]) -> dict[str, Tensor] | None:

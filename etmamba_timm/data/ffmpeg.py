@@ -11,6 +11,7 @@ from typing import Any
 
 import av
 import numpy as np
+import torch
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
@@ -75,6 +76,7 @@ def opened(path: VideoFile) -> Iterator[tuple[InputContainer, VideoStream]]:
             raise VideoError(f"{path}: has no video stream (it holds {kinds}); name a file with pictures")
         if streams[0].codec_context is None:
             raise VideoError(f"{path}: there is no decoder for its video stream; convert it to h264 with ffmpeg")
+        streams[0].codec_context.thread_count = torch.get_num_threads()  # 1 in worker processes
         yield container, streams[0]
 
 

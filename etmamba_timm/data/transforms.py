@@ -74,7 +74,7 @@ class EvalTransform:
         return cls(**fields | overrides)
 
     def __call__(self, frames: Tensor, num_crops: int = 1) -> Tensor:
-        """Returns views of a clip.
+        """Returns views of a clip: `crop`, then `normalize`.
 
         Args:
             frames: uint8 [T, H, W, 3] RGB.
@@ -87,6 +87,10 @@ class EvalTransform:
             ValueError: other frames, or another number of crops.
             ElongatedError: the resized frames would be too large.
         """
+        return self.normalize(self.crop(frames, num_crops))
+
+    def crop(self, frames: Tensor, num_crops: int = 1) -> Tensor:
+        """Resizes and crops: uint8 [num_crops, T, h, w, C]. Arguments and errors are as in `__call__`."""
         if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.numel():
             raise ValueError(
                 f"frames are {frames.dtype} {list(frames.shape)}; give uint8 [T, H, W, 3] RGB, as VideoReader reads"
@@ -104,17 +108,21 @@ class EvalTransform:
         clip = frames.permute(0, 3, 1, 2)  # [T, H, W, 3] -> [T, 3, H, W]; channels last in memory resizes faster
         mode = InterpolationMode(self.interpolation)
         clip = functional.resize(clip, covering, interpolation=mode, antialias=True)
-        free_y, free_x = clip.shape[-2] - height, clip.shape[-1] - width
+        if len(self.mean) == 1:
+            clip = functional.rgb_to_grayscale(clip)
+        clip = clip.permute(0, 2, 3, 1)  # -> [T, H, W, C]
+        free_y, free_x = clip.shape[1] - height, clip.shape[2] - width
         y, x = round(free_y / 2), round(free_x / 2)
         corners = [(y, x)]
         if num_crops == 3:
             corners = [(y, 0), (y, x), (y, free_x)] if free_x >= free_y else [(0, x), (y, x), (free_y, x)]
-        views = torch.stack([clip[..., y : y + height, x : x + width] for y, x in corners])  # [crops, T, 3, h, w]
-        if len(self.mean) == 1:
-            views = functional.rgb_to_grayscale(views)
-        views = views.transpose(1, 2).contiguous().float().div_(255)  # -> [crops, C, T, h, w]
-        mean, std = (views.new_tensor(values).view(-1, 1, 1, 1) for values in (self.mean, self.std))
-        return views.sub_(mean).div_(std)
+        return torch.stack([clip[:, y : y + height, x : x + width] for y, x in corners])
+
+    def normalize(self, views: Tensor) -> Tensor:
+        """Scales to [0, 1] and normalises on the views' device: uint8 [B, T, h, w, C] -> float32 [B, C, T, h, w]."""
+        clips = views.permute(0, 4, 1, 2, 3).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+        mean, std = (clips.new_tensor(values).view(-1, 1, 1, 1) for values in (self.mean, self.std))
+        return clips.sub_(mean).div_(std)
 
     def _covering(self, height: int, width: int) -> list[int]:
         """The size [H, W] with the aspect ratio of height×width that just covers `size / crop_pct`."""

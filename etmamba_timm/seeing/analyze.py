@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..checkpoints import manifest
 from ..data import EvalClips
 from ..models import EtMamba, count_cost
-from ..training.evaluate import Scores, mean_over_views
+from ..training.evaluate import Scores, over_videos
 from .plots import COLOURS, MARKERS, NO_VALUE, check_plot_file, missing, new_figure, save_figure, short
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def collect_features(
     def features(clips: Tensor) -> Tensor:
         return model.forward_head(model.forward_features(clips), pre_logits=True)
 
-    values, labels, indices = mean_over_views(
+    values, labels, indices = over_videos(
         model, features, videos, batch_size=batch_size, workers=workers, dtype=dtype, progress=progress
     )
     return values.float(), labels, indices

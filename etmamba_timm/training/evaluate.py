@@ -11,11 +11,11 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from ..data import EvalClips, collate
+from ..data import EvalClips, VideoError
 from ..files import whole_file
+from ..views import mean_over_views
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,11 @@ def evaluate(
     Raises:
         ValueError: no video can be decoded, or the scores aren't finite.
     """
-    scores, labels, indices = mean_over_views(
+    scores, labels, indices = over_videos(
         model,
-        lambda clips: model(clips).cpu().double().softmax(-1),  # MPS has no float64
+        model,
         videos,
+        softmax=True,
         batch_size=batch_size,
         workers=workers,
         dtype=dtype,
@@ -136,12 +137,12 @@ def evaluate(
     )
 
 
-@torch.no_grad()  # all_gather_object of PyTorch 2.4 fails in inference_mode
-def mean_over_views(
+def over_videos(
     model: nn.Module,
     function: Callable[[Tensor], Tensor],
     videos: EvalClips,
     *,
+    softmax: bool = False,
     batch_size: int,
     workers: int,
     dtype: torch.dtype | None,
@@ -151,47 +152,38 @@ def mean_over_views(
 
     Args:
         model: the module to put into evaluation mode; clips are moved to its device and dtype.
-        function: clips [B, C, T, H, W] -> [B, X].
+        function, softmax: see `mean_over_views`.
 
     Returns: float64 [videos, X], labels [videos], and indices [videos] into the dataset, ascending.
     """
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    weight = next(model.parameters())
-    device = weight.device
-    views = videos.num_clips * videos.num_crops
-    loader = DataLoader(
-        Subset(videos, range(rank, len(videos), processes)),
-        max(1, batch_size // views),
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # so that the global one isn't used
-    )
-    autocast = torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    own = range(rank, len(videos), processes)
+    rows: list[tuple[int, Tensor]] = []
     was_training = model.training
     model.eval()
     try:
-        for batch in tqdm(loader, desc="videos", leave=False, disable=None if progress and rank == 0 else True):
-            if batch is None:
-                continue
-            clips = batch["clip"].flatten(0, 1)  # [B, views, ...] -> [B·views, ...]
-            with autocast:
-                outputs = [
-                    function(part.to(device, weight.dtype, non_blocking=True)) for part in clips.split(batch_size)
-                ]
-            means = torch.cat(outputs).cpu().double().unflatten(0, (-1, views)).mean(1)
-            parts.append((batch["index"], batch["label"], means))
+        results = mean_over_views(
+            model, function, videos.views(), own, softmax=softmax, batch_size=batch_size, workers=workers, dtype=dtype
+        )
+        bar = tqdm(results, "videos", len(own), leave=False, disable=None if progress and rank == 0 else True)
+        with contextlib.closing(results):  # ends the workers
+            for index, result in zip(own, bar, strict=True):
+                if isinstance(result, VideoError):
+                    videos.leave_out(index, result)
+                elif isinstance(result, Exception):
+                    raise result
+                else:
+                    rows.append((index, result))
     finally:
         model.train(was_training)
-    by_process = [parts] * processes
+    by_process = [rows] * processes
     if processes > 1:
-        dist.all_gather_object(by_process, parts)
-    gathered = [part for parts in by_process for part in parts]
-    if not gathered:
+        dist.all_gather_object(by_process, rows)
+    found = dict(sorted((row for rows in by_process for row in rows), key=lambda row: row[0]))
+    if not found:
         raise ValueError(f"none of the {len(videos)} videos can be decoded; check the dataset")
-    indices, labels, values = (torch.cat(tensors) for tensors in zip(*gathered, strict=True))
+    values = torch.stack(list(found.values()))
     if not values.isfinite().all():
         raise ValueError("the scores aren't finite; check the checkpoint, or use float32")
-    order = indices.argsort()
-    return values[order], labels[order], indices[order]
+    labels = torch.tensor([videos.annotations.samples[index][1] for index in found])
+    return values, labels, torch.tensor(list(found))

@@ -113,17 +113,19 @@ def test_features_do_not_overwrite_an_input(trained, folder, capsys):
 
 
 def test_features_are_kept_when_interrupted(trained, folder, monkeypatch, capsys):
-    import etmamba_timm.predict
+    import etmamba_timm.data.dataset
 
-    original = extract_features
+    class Interrupted(etmamba_timm.data.VideoReader):
+        def __init__(self, path):
+            if path.name == "other.webm":
+                raise KeyboardInterrupt
+            super().__init__(path)
 
-    def interrupted(model, file, **options):
-        if file == "other.webm":
-            raise KeyboardInterrupt
-        return original(model, file, **options)
-
-    monkeypatch.setattr(etmamba_timm.predict, "extract_features", interrupted)
-    assert main(["features", "good.mp4", "other.webm", "good.mp4", *trained, "-o", "kept.safetensors"]) == 130
+    monkeypatch.setattr(etmamba_timm.data.dataset, "VideoReader", Interrupted)
+    assert (
+        main(["features", "good.mp4", "other.webm", "good.mp4", *trained, "-o", "kept.safetensors", "--workers", "0"])
+        == 130
+    )
     assert load_file(folder / "kept.safetensors")["features"].shape == (1, 192)
     assert "features of 1 of 3 files" in capsys.readouterr().err
 

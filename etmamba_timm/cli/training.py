@@ -35,6 +35,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
+    import torch.distributed as dist
+
     from ..data import read_dataset
 
     with extra("train"):
@@ -49,6 +51,7 @@ def _train(args: argparse.Namespace) -> int:
     )
     if is_first_process():
         logging.getLogger("etmamba_timm").setLevel(logging.INFO)
+    is_ours = not dist.is_initialized()  # accelerate starts a process group, and keeps it for a next run
     metrics = train(
         recipe,
         train_set,
@@ -58,6 +61,8 @@ def _train(args: argparse.Namespace) -> int:
         save_updates=args.save_updates,
         progress=sys.stderr.isatty(),
     )
+    if is_ours and dist.is_initialized():
+        dist.destroy_process_group()
     if is_first_process():
         print(_accuracies(metrics))
         print(f"model: {args.output / 'model'}")

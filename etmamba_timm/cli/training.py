@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from .options import add_dataset, add_model, eval_clips, extra, is_first_process, positive, set_up
+from .options import add_compile, add_dataset, add_model, eval_clips, extra, is_first_process, positive, set_up
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -24,6 +24,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
     evaluate = commands.add_parser("eval", help="measure a model's accuracy on a dataset of videos")
     add_model(evaluate)
+    add_compile(evaluate)
     add_dataset(evaluate)
     evaluate.add_argument("--subset", default="val", help="train, val or test (default val)")
     evaluate.add_argument("--batch-size", type=positive, default=8, metavar="B", help="clips per batch (default 8)")

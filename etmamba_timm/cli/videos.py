@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import add_model, each, positive, set_up
+from .options import add_compile, add_model, each, positive, set_up
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +19,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     predict = commands.add_parser("predict", help="classify the action in video files")
     predict.add_argument("files", nargs="*", metavar="FILE", help="video files (default: the package's sample)")
     add_model(predict, default=SHIPPED)
+    add_compile(predict)
     predict.add_argument("--topk", type=positive, default=5, metavar="K", help="classes to print (default 5)")
     predict.add_argument("--json", action="store_true", help="print one JSON object per file, one per line")
     predict.set_defaults(run=_predict)
@@ -26,6 +27,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     features = commands.add_parser("features", help="extract features of video files")
     features.add_argument("files", nargs="+", metavar="FILE", help="video files")
     add_model(features)
+    add_compile(features)
     features.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="a .safetensors file")
     features.set_defaults(run=_features)
 

@@ -126,7 +126,7 @@ class _Training:
         model = copy.deepcopy(self.eval_model)
         self.eval_model.to(accelerator.device)
         self.data, self.val = _datasets(recipe, self.eval_model, train_set, val_set)
-        model.set_grad_checkpointing(recipe.grad_checkpointing)
+        model.set_grad_checkpointing(recipe.grad_checkpointing > 0, every=max(1, recipe.grad_checkpointing))
         if recipe.freeze_backbone:
             model.requires_grad_(False).get_classifier().requires_grad_(True)
         try:
@@ -137,6 +137,9 @@ class _Training:
         self.ema = ModelEmaV3(model.to(accelerator.device), recipe.ema, use_warmup=True) if recipe.ema else None
         self.mixup, self.criterion = _criterion(recipe, self.eval_model.num_classes)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        if recipe.compile:  # in place, so that names of weights don't change
+            self.model.compile()
+            self.eval_model.compile(dynamic=True)  # the last batch may be smaller
         self.progress = Progress(accelerator.device)
         accelerator.register_for_checkpointing(self.progress, *([self.ema] if self.ema else []))
 

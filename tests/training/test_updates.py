@@ -1,12 +1,14 @@
-"""Whole runs in which updates are skipped, and what a run reads from the device."""
+"""Whole runs: what an update reads from the device, updates that are skipped, and compiled models."""
 
 import csv
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from shapes import write_shapes
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from etmamba_timm.cli import main
@@ -105,29 +107,37 @@ def poison(monkeypatch, updates: range, seen: list | None = None) -> None:
     monkeypatch.setattr(training._Training, "update", updated)
 
 
+class Stop(Exception):
+    """Stops a run."""
+
+
+def stop_at(monkeypatch, update: int, data: Path, folder: Path, *settings: str) -> None:
+    """Runs until the state after `update` is saved, or goes on to there."""
+    save = training._Training.save
+
+    def saved(self):
+        save(self)
+        if self.progress.update == update:
+            raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Training, "save", saved)
+        with pytest.raises(Stop):
+            run(data, folder, *settings, save_updates=4)
+
+
 def test_a_run_with_skipped_updates(data, tmp_path, monkeypatch, caplog):
     seen: list = []
     poison(monkeypatch, range(12, 15), seen)
     assert run(data, tmp_path / "run", "ema=0.9") == 0
     assert [row["skipped"] for row in rows(tmp_path / "run")] == ["0", "3", "3"]
-    assert all(0 < float(row["loss"]) < 3 and 0 < float(row["grad_norm"]) for row in rows(tmp_path / "run"))
+    assert all(0 < float(row["loss"]) < 3 and float(row["grad_norm"]) > 0 for row in rows(tmp_path / "run"))
     assert "3 of the 10 updates before update 21 were skipped: their gradients weren't finite" in caplog.text
-    same = [all(map(torch.equal, before, after)) for before, after in zip(seen, seen[1:], strict=False)]
+    same = [all(map(torch.equal, before, after)) for before, after in itertools.pairwise(seen)]
     assert [i + 2 for i, is_same in enumerate(same) if is_same] == [12, 13, 14]
 
-    class Stop(Exception):
-        pass
-
-    def stopped(self):
-        save(self)
-        if self.progress.update in (8, 12):
-            raise Stop
-
-    save = training._Training.save
-    for _ in range(2):
-        with monkeypatch.context() as patch, pytest.raises(Stop):
-            patch.setattr(training._Training, "save", stopped)
-            run(data, tmp_path / "again", "ema=0.9", save_updates=4)
+    for update in (8, 12):
+        stop_at(monkeypatch, update, data, tmp_path / "again", "ema=0.9")
     assert run(data, tmp_path / "again", "ema=0.9", save_updates=4) == 0
     assert rows(tmp_path / "again") == rows(tmp_path / "run")
     last = [load_file(tmp_path / name / "last.safetensors") for name in ("run", "again")]
@@ -147,3 +157,21 @@ def test_nineteen_in_a_row_do_not(data, tmp_path, monkeypatch):
     poison(monkeypatch, range(2, 21))
     assert run(data, tmp_path / "run") == 0
     assert [row["skipped"] for row in rows(tmp_path / "run")] == ["9", "19", "19"]
+
+
+def test_a_compiled_run_has_the_same_names_and_resumes(data, tmp_path, monkeypatch):
+    """Compiled by TorchDynamo alone; what becomes of its graphs is tested with the models."""
+    counter = CompileCounter()
+    compile_in_place = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compile_in_place(self, backend=counter, **kw))
+    settings = ("epochs=2", "ema=0.9", "accumulate=2", "grad_checkpointing=2", "precision=bf16", "eval_epochs=1")
+    assert run(data, tmp_path / "plain", *settings) == 0
+    assert counter.frame_count == 0
+    settings = (*settings, "compile=true")
+    assert run(data, tmp_path / "whole", *settings) == 0
+    assert counter.frame_count == 2  # one graph in training, one in evaluation
+    stop_at(monkeypatch, 8, data, tmp_path / "again", *settings)
+    assert run(data, tmp_path / "again", *settings, save_updates=4) == 0
+    plain, whole, again = (load_file(tmp_path / name / "last.safetensors") for name in ("plain", "whole", "again"))
+    torch.testing.assert_close(whole, plain, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(again, whole, rtol=0, atol=0)

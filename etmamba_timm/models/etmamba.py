@@ -170,8 +170,10 @@ class EtMamba(nn.Module):
         """Initialises linear layers and position embeddings (truncated normal 0.02, zero bias), and Mamba's Δ.
 
         Other parameters are initialised on construction. The Δ bias keeps Mamba's initialisation in every variant;
-        VideoMamba's code zeroes it.
+        VideoMamba's code zeroes it. On 'meta' there is nothing to initialise, and PyTorch would take a second for it.
         """
+        if self.cls_token.is_meta:
+            return
         trunc_normal_(self.cls_token, std=0.02)
         trunc_normal_(self.pos_embed, std=0.02)
         named_apply(_init_linear, self)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import etmamba_timm
 
 PACKAGE = Path(etmamba_timm.__file__).parent
@@ -24,7 +26,19 @@ MAY_IMPORT = {
     "predict": {"checkpoints", "data", "models", "views", "zoo"},
     "training": {"clip", "checkpoints", "data", "files", "models", "views", "zoo"},
     "seeing": {"clip", "checkpoints", "data", "files", "models", "predict", "training"},
-    "cli": {"clip", "checkpoints", "data", "features", "files", "models", "ops", "predict", "seeing", "training"},
+    "cli": {
+        "clip",
+        "checkpoints",
+        "data",
+        "features",
+        "files",
+        "models",
+        "ops",
+        "predict",
+        "seeing",
+        "training",
+        "zoo",
+    },
     "__main__": {"cli"},
     "__init__": {"zoo"},
 }
@@ -42,6 +56,33 @@ print(*heavy & (set(sys.modules) - before), end='')
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "modules"),
+    [(["--help"], {"torch", "numpy"}), (["train", "--help"], {"torch", "numpy"}), (["info", "--backends"], {"timm"})],
+)
+def test_what_a_command_does_without(tmp_path, arguments, modules):
+    code = f"""
+import sys, etmamba_command
+sys.argv[1:] = {arguments}
+try:
+    status = etmamba_command.main()
+except SystemExit as end:
+    status = end.code
+print(status, *{modules} & set(sys.modules), file=sys.stderr, end='')
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr == "0"
+    assert done.stdout
+
+
+def test_the_command_knows_the_models(tmp_path):
+    code = "import sys, etmamba_command; sys.exit(etmamba_command.main())"
+    command = [sys.executable, "-c", code, "info", "etmamba_ti.mocap"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "etmamba_ti.mocap" in done.stdout
 
 
 def test_imports_point_one_way():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .options import (
     add_batches,
+    add_compile,
     add_dataset,
     add_model,
     batch_size,
@@ -34,6 +35,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
     evaluate = commands.add_parser("eval", help="measure a model's accuracy on a dataset of videos")
     add_model(evaluate)
+    add_compile(evaluate)
     add_dataset(evaluate)
     evaluate.add_argument("--subset", default="val", help="train, val or test (default val)")
     add_batches(evaluate)
@@ -45,6 +47,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
+    import torch.distributed as dist
+
     from ..data import read_dataset
 
     with extra("train"):
@@ -59,6 +63,7 @@ def _train(args: argparse.Namespace) -> int:
     )
     if is_first_process():
         logging.getLogger("etmamba_timm").setLevel(logging.INFO)
+    is_ours = not dist.is_initialized()  # accelerate starts a process group, and keeps it for a next run
     metrics = train(
         recipe,
         train_set,
@@ -68,6 +73,8 @@ def _train(args: argparse.Namespace) -> int:
         save_updates=args.save_updates,
         progress=sys.stderr.isatty(),
     )
+    if is_ours and dist.is_initialized():
+        dist.destroy_process_group()
     if is_first_process():
         print(_accuracies(metrics))
         print(f"model: {args.output / 'model'}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from .options import (
     add_batches,
+    add_compile,
     add_model,
     batch_size,
     count,
@@ -34,6 +35,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     predict.add_argument("files", nargs="*", metavar="FILE", help="video files (default: the package's sample)")
     add_model(predict, default=SHIPPED)
     _add_feeding(predict)
+    add_compile(predict)
     predict.add_argument("--topk", type=positive, default=5, metavar="K", help="classes to print (default 5)")
     predict.add_argument("--json", action="store_true", help="print one JSON object per file, one per line")
     predict.set_defaults(run=_predict)
@@ -44,6 +46,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     _add_feeding(features)
     text = "a .safetensors file, or a folder (without a suffix) for one such file per 1000 videos"
     features.add_argument("-o", "--output", type=Path, required=True, metavar="PATH", help=text)
+    add_compile(features)
     features.set_defaults(run=_features)
 
 

@@ -104,7 +104,7 @@ class EtMamba(nn.Module):
         self.in_chans = in_chans
         self.global_pool = global_pool
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
-        self.grad_checkpointing = False
+        self.grad_checkpointing, self.checkpoint_every = False, 1
         self.patch_size = patch_size
         self.img_size = _pair(img_size)
         self.grid_size = _grid_size(self.img_size, patch_size)
@@ -170,8 +170,10 @@ class EtMamba(nn.Module):
         """Initialises linear layers and position embeddings (truncated normal 0.02, zero bias), and Mamba's Δ.
 
         Other parameters are initialised on construction. The Δ bias keeps Mamba's initialisation in every variant;
-        VideoMamba's code zeroes it.
+        VideoMamba's code zeroes it. On 'meta' there is nothing to initialise, and PyTorch would take a second for it.
         """
+        if self.cls_token.is_meta:
+            return
         trunc_normal_(self.cls_token, std=0.02)
         trunc_normal_(self.pos_embed, std=0.02)
         named_apply(_init_linear, self)
@@ -189,8 +191,8 @@ class EtMamba(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """x: clip [B, C, T, H, W] or image [B, C, H, W] -> normalised tokens [B, 1 + t·h·w, D], class token first."""
         x, grid = self._embed(x)
-        for block in self.blocks:
-            x = checkpoint(block, x, grid) if self.grad_checkpointing else block(x, grid)
+        for i, block in enumerate(self.blocks):
+            x = checkpoint(block, x, grid) if self._recomputes(i) else block(x, grid)
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -236,7 +238,7 @@ class EtMamba(nn.Module):
         x, grid = self._embed(x)
         taken = []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = checkpoint(block, x, grid) if self.grad_checkpointing else block(x, grid)
+            x = checkpoint(block, x, grid) if self._recomputes(i) else block(x, grid)
             if i in take:
                 taken.append(self.norm(x) if norm else x.to(self.cls_token.dtype))
 
@@ -338,9 +340,18 @@ class EtMamba(nn.Module):
         }
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Sets whether blocks recompute their activations in the backward pass, to save memory."""
-        self.grad_checkpointing = enable
+    def set_grad_checkpointing(self, enable: bool = True, every: int = 1) -> None:
+        """Sets whether blocks recompute their activations in the backward pass, to save memory.
+
+        Args:
+            enable: whether any do.
+            every: how many blocks there are for each that does; 1 for all of them, 2 for half of them.
+        """
+        _at_least("every", every, 1)
+        self.grad_checkpointing, self.checkpoint_every = enable, every
+
+    def _recomputes(self, block: int) -> bool:
+        return self.grad_checkpointing and block % self.checkpoint_every == 0
 
 
 @register_notrace_function

@@ -56,7 +56,9 @@ class Recipe:
         scale, ratio, flip, rand_augment, erasing: see `etmamba_timm.data.TrainTransform`.
         ema: decay of averaged weights, which are then evaluated and exported; 0 for none.
         precision: 'no' (float32), 'bf16' or 'fp16'.
-        grad_checkpointing: whether to recompute activations in the backward pass, to save memory.
+        grad_checkpointing: whether blocks recompute their activations in the backward pass, to save memory; a number n
+            for every n-th block alone.
+        compile: whether to run the model through `torch.compile`, which takes minutes at the start and is faster then.
         freeze_backbone: whether to train only the classifier.
         eval_epochs: epochs between evaluations.
         num_clips, num_crops: views per video in the final evaluation; earlier ones use one view.
@@ -100,7 +102,8 @@ class Recipe:
     erasing: float = 0.25
     ema: float = 0.0
     precision: str = "bf16"
-    grad_checkpointing: bool = False
+    grad_checkpointing: int = 0
+    compile: bool = False
     freeze_backbone: bool = False
     eval_epochs: int = 1
     num_clips: int = 4
@@ -122,7 +125,7 @@ class Recipe:
         except ValueError as error:
             raise RecipeError(str(error)) from None
         rates = ("lr", "min_lr", "warmup_lr", "weight_decay", "clip_grad", "mixup", "cutmix")
-        for name in ("warmup_epochs", "seed", *rates):
+        for name in ("warmup_epochs", "seed", "grad_checkpointing", *rates):
             if not getattr(self, name) >= 0:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         for name in ("drop_path", "drop", "label_smoothing", "flip", "erasing", "ema", "layer_decay"):
@@ -240,6 +243,8 @@ def _converted(name: str, kind: object, value: object) -> object:
             return value
         elif kind is str and value is None:  # `rand_augment: ` without a value
             return ""
+        elif name == "grad_checkpointing" and isinstance(value, bool):
+            return int(value)
         elif name == "precision" and value is False:  # YAML reads `no` as False
             return "no"
     except (TypeError, ValueError):

@@ -10,11 +10,10 @@ an uninterrupted one, on the same machine and number of processes; on a GPU up t
 import contextlib
 import copy
 import logging
-import math
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
@@ -26,8 +25,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -41,6 +38,8 @@ from ..data import Annotations, EvalClips, EvalTransform, TrainClips, TrainTrans
 from ..data.dataset import seeded
 from ..models import EtMamba
 from .evaluate import Scores, evaluate
+from .optimizer import average, new_optimizer, new_scheduler, step_if
+from .progress import Progress
 from .recipe import Recipe
 from .run_folder import BEST_WEIGHTS, LAST_WEIGHTS, MODEL, SCORES, TENSORBOARD, TRAIN_LOG, VAL_LOG, Log, RunFolder
 
@@ -55,37 +54,6 @@ VAL_COLUMNS = ("update", "epoch", "top1", "top5", "mean_class", "videos", "faile
 
 class TrainingError(RuntimeError):
     """The run can't start or continue; the message says what to do."""
-
-
-@dataclass
-class Progress:
-    """The progress of a run; part of its saved state.
-
-    Attributes:
-        update: number of updates, including skipped ones.
-        skipped: updates skipped because the gradient wasn't finite; in_a_row: how many of them are the latest.
-        replaced: clips that replaced one of a video that couldn't be decoded.
-        best, best_epoch: highest top-1 so far, and its epoch.
-        losses, norms, counted: sums of losses and gradient norms since the log's last row, and their number.
-    """
-
-    update: int = 0
-    skipped: int = 0
-    in_a_row: int = 0
-    replaced: int = 0
-    best: float = -1.0
-    best_epoch: int = 0
-    losses: float = 0.0
-    norms: float = 0.0
-    counted: int = 0
-
-    def state_dict(self) -> dict:
-        """For accelerate."""
-        return asdict(self)
-
-    def load_state_dict(self, state: dict) -> None:
-        """For accelerate."""
-        self.__dict__.update(state)
 
 
 def train(
@@ -158,15 +126,21 @@ class _Training:
         model = copy.deepcopy(self.eval_model)
         self.eval_model.to(accelerator.device)
         self.data, self.val = _datasets(recipe, self.eval_model, train_set, val_set)
-        model.set_grad_checkpointing(recipe.grad_checkpointing)
+        model.set_grad_checkpointing(recipe.grad_checkpointing > 0, every=max(1, recipe.grad_checkpointing))
         if recipe.freeze_backbone:
             model.requires_grad_(False).get_classifier().requires_grad_(True)
-        optimizer = _optimizer(recipe, model, accelerator.num_processes)
-        self.scheduler = _scheduler(recipe, optimizer, self.epoch_updates, accelerator.num_processes)
+        try:
+            optimizer = new_optimizer(recipe, model, accelerator)
+        except (TypeError, ValueError) as error:
+            raise TrainingError(f"opt {recipe.opt!r} with opt_args {recipe.opt_args}: {error}") from error
+        self.scheduler = new_scheduler(recipe, optimizer, self.epoch_updates, accelerator.num_processes)
         self.ema = ModelEmaV3(model.to(accelerator.device), recipe.ema, use_warmup=True) if recipe.ema else None
         self.mixup, self.criterion = _criterion(recipe, self.eval_model.num_classes)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.progress = Progress()
+        if recipe.compile:  # in place, so that names of weights don't change
+            self.model.compile()
+            self.eval_model.compile(dynamic=True)  # the last batch may be smaller
+        self.progress = Progress(accelerator.device)
         accelerator.register_for_checkpointing(self.progress, *([self.ema] if self.ema else []))
 
     def run_to_end(self) -> None:
@@ -202,28 +176,33 @@ class _Training:
         start, since = time.perf_counter(), self.progress.update
         for _ in bar:
             rate = max(group["lr"] for group in self.optimizer.param_groups)
-            loss = self.update(batches)
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            self.update(batches)
             if self.progress.update % LOG_UPDATES == 0:
+                counted = self.read()
+                now = time.perf_counter()
+                if skipped := LOG_UPDATES - int(counted["counted"]):
+                    said = "%d of the %d updates before update %d were skipped: their gradients weren't finite"
+                    _logger.warning(said, skipped, LOG_UPDATES, self.progress.update + 1)
+                loss = counted["losses"] / max(1, counted["counted"])
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 if self.is_main:
-                    now = time.perf_counter()
                     self.log.add(
                         update=self.progress.update,
                         epoch=epoch,
                         lr=rate,
-                        loss=self.progress.losses / max(1, self.progress.counted),
-                        grad_norm=self.progress.norms / max(1, self.progress.counted),
-                        skipped=self.progress.skipped,
+                        loss=loss,
+                        grad_norm=counted["norms"] / max(1, counted["counted"]),
+                        skipped=counted["skipped"],
                         replaced=self.progress.replaced,
                         clips_per_second=(self.progress.update - since) * self.update_clips / (now - start),
                     )
-                    start, since = now, self.progress.update
-                self.progress.losses, self.progress.norms, self.progress.counted = 0.0, 0.0, 0
+                start, since = now, self.progress.update
+                self.progress.start_row()
             if self.progress.update % self.save_updates == 0 and self.progress.update % self.epoch_updates:
                 self.save()
 
-    def update(self, batches: Iterator[dict]) -> float:
-        """Updates the weights once; returns the loss."""
+    def update(self, batches: Iterator[dict]) -> None:
+        """Updates the weights once. The host doesn't wait for the device, unless the optimiser needs it (`step_if`)."""
         recipe, accelerator, progress = self.recipe, self.accelerator, self.progress
         torch.manual_seed(_seed(recipe.seed, accelerator.process_index, progress.update))  # for drop path
         total = torch.zeros((), device=accelerator.device)
@@ -234,28 +213,29 @@ class _Training:
                 accelerator.backward(part_loss)
             total += part_loss.detach()
         norm = accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip_grad or float("inf"))
-        loss, norm = accelerator.reduce(total, "mean").item(), float(norm)
-        is_finite = math.isfinite(norm)
-        if is_finite or accelerator.scaler is not None:  # a scaler skips the step itself, and lowers its scale
-            self.optimizer.step()
+        if hasattr(norm, "full_tensor"):
+            norm = norm.full_tensor()  # FSDP2's is a DTensor
+        is_finite = norm.isfinite()
+        step_if(self.optimizer, is_finite)
         self.optimizer.zero_grad()
-        progress.update += 1
+        progress.count(accelerator.reduce(total, "mean"), norm, is_finite)
         self.scheduler.step_update(progress.update)
-        if is_finite:
-            progress.in_a_row = 0
-            progress.losses, progress.norms = progress.losses + loss, progress.norms + norm
-            progress.counted += 1
-            if self.ema:
-                self.ema.update(accelerator.unwrap_model(self.model), progress.update)
-            return loss
-        progress.skipped, progress.in_a_row = progress.skipped + 1, progress.in_a_row + 1
-        _logger.warning("update %d is skipped: its gradient isn't finite", progress.update)
-        if progress.in_a_row >= MOST_SKIPPED:
+        if self.ema:
+            average(self.ema, accelerator.unwrap_model(self.model), progress.update, is_finite)
+
+    def read(self) -> dict[str, float]:
+        """`Progress.read`, for which the device has to finish its work.
+
+        Raises:
+            TrainingError: too many updates in a row were skipped.
+        """
+        counted = self.progress.read()
+        if counted["most_in_a_row"] >= MOST_SKIPPED:
             raise TrainingError(
                 f"the gradients of {MOST_SKIPPED} updates in a row weren't finite; lower lr, set clip_grad, or set "
                 f"precision to no. The last saved state is in {self.run.path}"
             )
-        return loss
+        return counted
 
     def take(self, batch: dict, part: int) -> tuple[Tensor, Tensor]:
         """Moves a batch to the device and applies mixup and CutMix; clips [B, C, T, H, W], and labels or targets."""
@@ -326,7 +306,8 @@ class _Training:
             ) from error
 
     def save(self) -> None:
-        """Saves the state, completely or not at all."""
+        """Saves the state, completely or not at all; but not that of a run that has to stop."""
+        self.read()
         self.accelerator.wait_for_everyone()
         try:
             self.accelerator.save_state(str(self.run.draft(self.progress.update)))
@@ -400,35 +381,6 @@ def _datasets(
         erasing=recipe.erasing,
     )
     return TrainClips(train_set, training, recipe.clip, recipe.seed), EvalClips(val_set, evaluation, recipe.clip)
-
-
-def _optimizer(recipe: Recipe, model: nn.Module, processes: int) -> torch.optim.Optimizer:
-    try:
-        return create_optimizer_v2(
-            model,
-            recipe.opt,
-            lr=recipe.scaled(recipe.lr, processes),
-            weight_decay=recipe.weight_decay,
-            betas=recipe.betas,
-            layer_decay=None if recipe.layer_decay == 1 else recipe.layer_decay,
-            **recipe.opt_args,
-        )
-    except (TypeError, ValueError) as error:
-        raise TrainingError(f"opt {recipe.opt!r} with opt_args {recipe.opt_args}: {error}") from error
-
-
-def _scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, updates: int, processes: int) -> CosineLRScheduler:
-    """Linear warm-up, then cosine decay; stepped after each update."""
-    warmup = round(recipe.warmup_epochs * updates)
-    return CosineLRScheduler(
-        optimizer,
-        t_initial=recipe.epochs * updates - warmup,
-        lr_min=recipe.scaled(recipe.min_lr, processes),
-        warmup_t=warmup,
-        warmup_lr_init=recipe.scaled(recipe.warmup_lr, processes),
-        warmup_prefix=True,
-        t_in_epochs=False,
-    )
 
 
 def _criterion(recipe: Recipe, num_classes: int) -> tuple[Mixup | None, nn.Module]:

@@ -12,8 +12,10 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch._dynamo.testing import CompileCounter
 from videos import write_video
 
+from etmamba_timm.checkpoints import save_checkpoint
 from etmamba_timm.cli import main
 from etmamba_timm.models import VARIANTS
 from etmamba_timm.predict import extract_features, load_model, predict
@@ -47,6 +49,26 @@ def test_predict_prints_top_classes(trained, capsys):
     assert len(lines) == 3
     assert all("%  class " in line for line in lines[1:])
     assert err == ""
+
+
+def test_compiled_models_give_the_same(folder, tmp_path, monkeypatch, capsys):
+    """One graph for all files, which TorchDynamo alone compiles here, and the same scores and features."""
+    monkeypatch.chdir(folder)
+    small = {"img_size": 32, "num_frames": 4, "embed_dim": 16, "depth": 1, "num_classes": 6}
+    save_checkpoint(timm.create_model("etmamba_ti", **small), tmp_path / "small")
+    counter, compile_function = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **kw: compile_function(*args, backend=counter, **kw))
+    arguments = ["good.mp4", "other.webm", "--model", f"local-dir:{tmp_path / 'small'}"]
+    results = []
+    for more in ([], ["--compile"]):
+        assert main(["predict", *arguments, "--json", *more]) == 0
+        scores = [json.loads(line)["predictions"] for line in capsys.readouterr().out.splitlines()]
+        assert main(["features", *arguments, "-o", str(tmp_path / "f.safetensors"), *more]) == 0
+        results.append((scores, load_file(tmp_path / "f.safetensors")["features"]))
+        assert counter.frame_count == bool(more)
+    (scores, features), (compiled_scores, compiled_features) = results
+    assert [[p["label"] for p in file] for file in scores] == [[p["label"] for p in file] for file in compiled_scores]
+    torch.testing.assert_close(compiled_features, features)
 
 
 def test_predict_alone_names_the_sample(capsys):

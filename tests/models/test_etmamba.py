@@ -97,6 +97,26 @@ class TestEveryRow:
         grads = torch.autograd.grad(model(clip).square().sum(), list(model.parameters()))
         torch.testing.assert_close(grads, expected)
 
+    @pytest.mark.parametrize(("every", "recomputed"), [(1, [0, 1, 2]), (2, [0, 2]), (3, [0])])
+    def test_every_nth_block_is_recomputed(self, name, clip, every, recomputed):
+        model = small(name, drop_path_rate=0.0).train()
+        expected = torch.autograd.grad(model(clip).square().sum(), list(model.parameters()))
+        runs: list[int] = []
+        for i, block in enumerate(model.blocks):
+            block.register_forward_pre_hook(lambda *_, i=i: runs.append(i))
+        model.set_grad_checkpointing(every=every)
+        grads = torch.autograd.grad(model(clip).square().sum(), list(model.parameters()))
+        torch.testing.assert_close(grads, expected)
+        assert (runs[:3], sorted(runs[3:])) == ([0, 1, 2], recomputed)
+        runs.clear()
+        final, _ = model.forward_intermediates(clip)
+        final.sum().backward()
+        assert sorted(runs[3:]) == recomputed
+        model.set_grad_checkpointing(False)
+        runs.clear()
+        model(clip).sum().backward()
+        assert runs == [0, 1, 2]
+
     def test_float64_agrees_with_float32(self, name, clip):
         model = small(name)
         expected = copy.deepcopy(model).double()(clip.double())

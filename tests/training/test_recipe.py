@@ -61,9 +61,17 @@ def test_files_and_overrides(tmp_path):
     }
 
 
+def test_checkpointing_is_a_number_of_blocks_or_whether_at_all():
+    values = [parse_overrides([f"grad_checkpointing={text}"]) for text in ("false", "true", "0", "1", "3")]
+    assert [load_recipe("k400", **value).grad_checkpointing for value in values] == [0, 1, 0, 1, 3]
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
+        ({"grad_checkpointing": -1}, "grad_checkpointing is -1; it must be 0 or more"),
+        ({"grad_checkpointing": "some"}, "grad_checkpointing is 'some'; it must be int"),
+        ({"compile": "fast"}, "compile is 'fast'; it must be bool"),
         ({"epoch": 3}, "unknown settings epoch; known are dataset, split, model"),
         ({"epochs": 2.5}, "epochs is 2.5; it must be int"),
         ({"epochs": 0}, "epochs is 0; it must be 1 or more"),

@@ -40,23 +40,23 @@ def agrees(scan, expected, args: dict, seed: int = 0) -> None:
     Where a sum cancels, `expected` itself misses the bound in this dtype; then twice its own error is allowed.
     """
     activations, parameters = BOUNDS[args["u"].dtype]
-    like = expected(**args)
-    weight = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed)).to(like.dtype)
+    with torch.no_grad():
+        shape = scan(**args).shape
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(args["u"].dtype)
     out, grads = gradients(scan, args, weight)
     wanted, wanted_grads = gradients(expected, in_float64(args), weight)
-    _, own_grads = gradients(expected, args, weight)
     assert out.dtype == args["u"].dtype
     assert error(out, wanted) <= activations
-    for name, grad in grads.items():
-        assert grad.dtype == args[name].dtype
-        bound = parameters if name in PARAMETERS else activations
-        own = error(own_grads[name], wanted_grads[name])
-        assert error(grad, wanted_grads[name]) <= max(bound, 2 * own), name
+    errors = {name: error(grad, wanted_grads[name]) for name, grad in grads.items()}
+    bounds = {name: parameters if name in PARAMETERS else activations for name in grads}
+    assert all(grad.dtype == args[name].dtype for name, grad in grads.items())
+    if any(errors[name] > bounds[name] for name in grads):
+        _, own = gradients(expected, args, weight)
+        bounds = {name: max(bound, 2 * error(own[name], wanted_grads[name])) for name, bound in bounds.items()}
+    assert all(errors[name] <= bounds[name] for name in grads), (errors, bounds)
 
 
-@settings(
-    max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=70, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     batch=st.integers(1, 3),
     width=st.sampled_from([1, 3, 4, 31, 32, 36, 64, 65]),

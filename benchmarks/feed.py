@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="a folder of videos")
     parser.add_argument("--videos", type=int, default=200)
     parser.add_argument("--model", default="etmamba_ti")
+    parser.add_argument("--img-size", type=int, default=224)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--batch-size", type=int, default=1)
@@ -86,7 +87,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         torch.manual_seed(0)
-        save_checkpoint(timm.create_model(args.model), path, stride=2)
+        save_checkpoint(timm.create_model(args.model, img_size=args.img_size), path, stride=2)
         model = load_model(f"local-dir:{path}", need_classifier=False).to(args.device)
         views = Views(files, EvalTransform.from_model(model, size=model.img_size), model.clip)
         arguments = ["--device", args.device, "--dtype", args.dtype, "--batch-size", str(args.batch_size)]
@@ -94,7 +95,13 @@ def main() -> None:
         rows = []
         for run in range(args.runs):  # in turn, so that drift affects all alike
             output = Path(folder) / f"{run}.safetensors"
-            row = {"model": args.model, "device": args.device, "dtype": args.dtype, "videos": len(files)}
+            row = {
+                "model": args.model,
+                "img_size": args.img_size,
+                "device": args.device,
+                "dtype": args.dtype,
+                "videos": len(files),
+            }
             row |= {"batch_size": args.batch_size, "workers": args.workers, "load": round(os.getloadavg()[0], 2)}
             row["decoding"] = decoding(views, args.workers, args.batch_size)
             alone = [model_alone(model, views, len(files) // 4, args.batch_size, dtype)]

@@ -125,7 +125,7 @@ def set_up(args: argparse.Namespace, need_classifier: bool) -> "tuple[EtMamba, V
     if getattr(args, "compile", False):
         # CUDA graphs spare launches, which only small batches wait for. Each size of batch gets its own, and a run
         # overwrites the output of the one before: so the head, which makes a tensor of its own, is left out.
-        is_small = getattr(args, "batch_size", args.num_crops) <= SMALL_BATCH
+        is_small = batch_size(args, model) <= SMALL_BATCH
         mode = "reduce-overhead" if is_small and torch.device(device).type == "cuda" else None
         forward = torch.compile(model.forward_features, dynamic=True, mode=mode)
         model.forward_features = forward  # type: ignore[method-assign]
@@ -156,6 +156,8 @@ def from_first(make: Callable[[], T]) -> T:
     """What `make` returns, or raises, in the first process of the group; it isn't called in the others."""
     import torch.distributed as dist
 
+    from ..data.ahead import portable
+
     if not dist.is_initialized():
         return make()
     answer: list = [None, None]
@@ -163,7 +165,7 @@ def from_first(make: Callable[[], T]) -> T:
         try:
             answer[0] = make()
         except (ValueError, OSError, RuntimeError) as error:
-            answer[1] = error
+            answer[1] = portable(error)
     dist.broadcast_object_list(answer)
     if answer[1] is not None:
         raise answer[1]

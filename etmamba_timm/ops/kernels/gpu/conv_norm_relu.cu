@@ -13,8 +13,8 @@
 constexpr int C = CHANNELS;
 constexpr int REACH = DEPTHWISE;  // frames before and after that an output depends on
 
-// Registers are what there is least of: with many channels, or wide elements, a thread has fewer rows, and its sums are in
-// shared memory.
+// Registers are scarce: with many channels, or wide elements, a thread has fewer rows. With many, its sums are in shared
+// memory.
 constexpr bool FEW = C <= 3;
 constexpr int THREADS = FEW ? 192 : 64, ACROSS = FEW ? 64 : 16;  // ACROSS: most quads across a tile
 constexpr int most_quads(int rows) { return (ACROSS + 2) * (THREADS / ACROSS * rows + 2); }  // in a tile and its margin
@@ -31,10 +31,10 @@ constexpr int TAP_ROWS = 2, TAP_TILE = most_quads(TAP_ROWS), TAP_STAGES = 4, TAP
 struct Args {  // must match conv_norm_relu.py
     i64 frames, height, width;
     i64 across, down, stretch;  // a block's quads across, threads down and frames
-    void* parameters;           // float32: depthwise [C, 27] and [C] (if any), pointwise [C, C] and [C], norm [C] and [C]
+    void* parameters;           // float32: depthwise [C, 27] and [C], if any; pointwise [C, C] and [C]; norm [C] and [C]
     void *x, *residual, *out;   // [B, C, T, H, W], contiguous; residual or null
     void *dout, *dv, *dx;       // dv: gradient of the depthwise convolution's output; null if nobody needs it, as dx
-    float* sums;                // gradients of parameters: [blocks, all but the taps], or [blocks / C, C, 27] for the taps
+    float* sums;                // parameters' gradients: [blocks, all but the taps], or [blocks / C, C, 27] for the taps
     float eps;
 };
 
@@ -42,10 +42,9 @@ struct Args {  // must match conv_norm_relu.py
 struct Place {
     int frames, height, width;
     int first, last;  // frames
-    int top, left;    // the tile's first row, its first quad
-    int across, down;
+    int top, left, across, down;  // the tile: its first row and quad, quads across, threads down
     int volume;       // the clip, or the channel of a clip: in one number
-    int part, parts;  // which of a volume's blocks it is
+    int part, parts;  // which of the volume's blocks this is, and of how many
     int row, column;  // the thread's first row and pixel
     int in_tile;      // where the pixel before it is in a tile with a margin, without the row above
     bool active;
@@ -59,17 +58,17 @@ struct Place {
         int n = part;
         left = n % wide * across, n /= wide;
         top = n % high * down * rows, n /= high;
-        first = n * (int)a.stretch;
-        last = min(first + (int)a.stretch, frames);
+        first = n * (int)a.stretch, last = min(first + (int)a.stretch, frames);
         active = (int)threadIdx.x < across * down;
         const int i = active ? threadIdx.x % across : 0, j = active ? threadIdx.x / across : 0;
         row = top + j * rows, column = 4 * (left + i);
         in_tile = 4 * (j * rows * (across + 2) + i + 1);
     }
     FN bool inside(int r) const { return active && row + r < height && column < width; }
-    // Where the thread's first pixel is, in a frame of the first of N channels; and from there, that of another row or channel.
+    // Where the thread's first pixel is in a frame of the first of n channels, and how far another row or channel is.
     FN i64 at(int n, int t) const { return ((i64)volume * n * frames + t) * plane + (i64)row * width + column; }
     FN i64 from(int channel, int r) const { return channel * (frames * plane) + (i64)r * width; }
+    FN void store(void* x, i64 at, const float* values) const { store_quad((T*)x + at, 1, 0, width - column, values); }
 };
 
 // Four neighbouring pixels, as they came from memory until they are needed.
@@ -89,6 +88,15 @@ struct Held {
     FN void get(float* values) const { unpack(raw, values); }
 };
 
+// Rows FROM to TO of all channels.
+template <int FROM, int TO>
+FN void load_rows(const Place& place, const void* x, i64 here, bool some, Held (*rows)[C]) {
+#pragma unroll
+    for (int r = FROM; r < TO; ++r)
+#pragma unroll
+        for (int c = 0; c < C; ++c) rows[r][c].load(place, x, here + place.from(c, r), some && place.inside(r));
+}
+
 // The planes of a tile and its margin, of N channels, one frame after the other; zeros outside the picture.
 template <int N, int SIZE, int DEPTH> struct Planes {
     typedef T Ring[DEPTH][N][4 * SIZE];
@@ -96,7 +104,7 @@ template <int N, int SIZE, int DEPTH> struct Planes {
     Ring& ring;
     const T* next;  // frame to copy
     i64 volume, plane;
-    int left, now;  // frames to copy; where in the ring the current frame is, and the next copy will be
+    int left, now = 0;  // frames to copy; where in the ring the current frame is, and the next copy will be
     int size, from[ITEMS];          // the quads that this thread copies: where they start in a frame, -1 outside it
     int some[ALIGNED ? 1 : ITEMS];  // and how many of their pixels are inside
     FN Planes(const Place& place, int rows, const void* x, Ring& memory) : ring(memory), plane(place.plane) {
@@ -104,7 +112,6 @@ template <int N, int SIZE, int DEPTH> struct Planes {
         volume = place.from(1, 0);
         next = (const T*)x + place.volume * N * volume + begin * plane;
         left = min(place.last + 1, place.frames) - begin;
-        now = 0;
         size = (place.across + 2) * (place.down * rows + 2);
 #pragma unroll
         for (int k = 0; k < ITEMS; ++k) {
@@ -196,19 +203,15 @@ struct Shared {
 struct Convolution {
     const Parameters& p;
     Planes<C, TILE, STAGES> planes;
-    float sums[3][C][ROWS][4];  // of three frames
+    float sums[3][C][ROWS][4] = {};  // of three frames
     FN Convolution(const Args& a, const Place& place, Shared& shared)
         : p(shared.parameters), planes(place, ROWS, a.x, shared.ring) {
         shared.parameters.load((const float*)a.parameters);  // while the first planes are on their way
-        start(sums[0]), start(sums[1]);
-    }
-    FN void start(float (*sum)[ROWS][4]) {
-#pragma unroll
-        for (int i = 0; i < C * ROWS * 4; ++i) sum[i / (ROWS * 4)][i / 4 % ROWS][i % 4] = p.bias[i / (ROWS * 4)];
     }
     // Adds what frame t gives. After it, the frame before is complete.
     FN void add(const Place& place, int t) {
-        start(sums[2]);
+#pragma unroll
+        for (int i = 0; i < C * ROWS * 4; ++i) sums[2][i / (ROWS * 4)][i / 4 % ROWS][i % 4] = p.bias[i / (ROWS * 4)];
         if (t < 0 || t >= place.frames) return;
         planes.advance();
 #pragma unroll
@@ -244,15 +247,10 @@ struct Convolution {  // none: the values themselves
         shared.parameters.load((const float*)a.parameters);
     }
     FN void add(const Place& place, int t) {
-        const i64 here = place.at(C, t);
+        Held held[ROWS][C];
+        load_rows<0, ROWS>(place, x, place.at(C, t), true, held);
 #pragma unroll
-        for (int c = 0; c < C; ++c)
-#pragma unroll
-            for (int r = 0; r < ROWS; ++r) {
-                Held held;
-                held.load(place, x, here + place.from(c, r), place.inside(r));
-                held.get(values[c][r]);
-            }
+        for (int i = 0; i < C * ROWS; ++i) held[i / C][i % C].get(values[i % C][i / C]);
     }
     FN float value(int c, int r, int j) const { return values[c][r][j]; }
     FN void next() {}
@@ -277,14 +275,6 @@ struct Norm {
     }
 };
 
-template <int FROM, int TO>
-FN void load_rows(const Place& place, const void* x, i64 here, bool some, Held (*rows)[C]) {
-#pragma unroll
-    for (int r = FROM; r < TO; ++r)
-#pragma unroll
-        for (int c = 0; c < C; ++c) rows[r][c].load(place, x, here + place.from(c, r), some && place.inside(r));
-}
-
 CONFIG(conv_norm_relu, THREADS, sizeof(Shared), BLOCKS, ROWS, ACROSS, TILE)
 KERNEL(conv_norm_relu, THREADS, BLOCKS) {
     SHARED(Shared, shared);
@@ -299,6 +289,7 @@ KERNEL(conv_norm_relu, THREADS, BLOCKS) {
         if (t < place.first) continue;
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
+            if (!place.inside(r)) continue;
             float y[C][4];
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
@@ -307,11 +298,8 @@ KERNEL(conv_norm_relu, THREADS, BLOCKS) {
                 for (int c = 0; c < C; ++c) v[c] = convolution.value(c, r, j);
                 const Norm norm(p, v, a.eps);
 #pragma unroll
-                for (int c = 0; c < C; ++c) {
-                    y[c][j] = relu(fmaf(norm.normed[c], p.gain[c], p.shift[c]));
-                }
+                for (int c = 0; c < C; ++c) y[c][j] = relu(fmaf(norm.normed[c], p.gain[c], p.shift[c]));
             }
-            if (!place.inside(r)) continue;
 #pragma unroll
             for (int c = 0; c < C; ++c) {
                 if (a.residual) {
@@ -320,13 +308,13 @@ KERNEL(conv_norm_relu, THREADS, BLOCKS) {
 #pragma unroll
                     for (int j = 0; j < 4; ++j) y[c][j] += add[j];
                 }
-                store_quad((T*)a.out + here + place.from(c, r), 1, 0, place.width - place.column, y[c]);
+                place.store(a.out, here + place.from(c, r), y[c]);
             }
         }
     }
 }
 
-// The sums over each warp's threads. To be called by all threads.
+// The sums over each warp's threads, to be called by all threads; and then one of them over the block.
 template <int N> FN void sum_over_warps(float* sums, float (*shared)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -407,6 +395,7 @@ KERNEL(conv_norm_relu_backward, THREADS, BLOCKS) {
         load_rows<EARLY, ROWS>(place, a.dout, here, true, dout);
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
+            if (!place.inside(r)) continue;
             int zero = opaque(0);  // parameters aren't kept in registers for the next row; with many channels, or pixel
             float d[C][4];
 #pragma unroll
@@ -421,10 +410,9 @@ KERNEL(conv_norm_relu_backward, THREADS, BLOCKS) {
 #pragma unroll
                 for (int c = 0; c < C; ++c) d[c][j] = pixel[c];
             }
-            if (!a.dv || !place.inside(r)) continue;
+            if (!a.dv) continue;
 #pragma unroll
-            for (int c = 0; c < C; ++c)
-                store_quad((T*)a.dv + here + place.from(c, r), 1, 0, place.width - place.column, d[c]);
+            for (int c = 0; c < C; ++c) place.store(a.dv, here + place.from(c, r), d[c]);
         }
     }
     float values[SUMS];
@@ -434,12 +422,10 @@ KERNEL(conv_norm_relu_backward, THREADS, BLOCKS) {
     float* to = a.sums + (i64)blockIdx.x * (BIASES + SUMS);
     for (int i = threadIdx.x; i < SUMS; i += THREADS) to[BIASES + i] = sum_of_warps<SUMS>(shared.sums, i);
     // The depthwise biases' gradients are sums of dv, and these follow from the sums of what dv is made from.
-    const int c = threadIdx.x;
-    if (c < BIASES) {
-        float sum = 0.f;
+    for (int c = threadIdx.x; c < BIASES; c += THREADS) {
+        to[c] = 0.f;
         for (int o = 0; o < C; ++o)
-            sum = fmaf(shared.parameters.mix[o][c], sum_of_warps<SUMS>(shared.sums, Sums::MIX_BIAS + o), sum);
-        to[c] = sum;
+            to[c] += shared.parameters.mix[o][c] * sum_of_warps<SUMS>(shared.sums, Sums::MIX_BIAS + o);
     }
 }
 
@@ -450,7 +436,6 @@ struct TapShared {
 };
 
 // The depthwise convolution's own backward pass: dx and the taps' gradients, from dv and x.
-//
 // A plane of dv gives to dx at three frames, and to the taps by x at the same three: both take the same values of dv.
 CONFIG(depthwise_backward, THREADS, sizeof(TapShared), TAP_BLOCKS, TAP_ROWS, ACROSS, TAP_TILE)
 KERNEL(depthwise_backward, THREADS, TAP_BLOCKS) {
@@ -463,9 +448,9 @@ KERNEL(depthwise_backward, THREADS, TAP_BLOCKS) {
     Planes<1, TAP_TILE, TAP_STAGES> planes(place, TAP_ROWS, a.dv, shared.ring);
     float x[3][TAP_ROWS][4] = {}, dx[3][TAP_ROWS][4] = {};  // at the frames before, of and after the plane
     Held next[TAP_ROWS];
-#pragma unroll
-    for (int r = 0; r < TAP_ROWS; ++r) next[r].load(place, a.x, place.at(1, place.first) + place.from(0, r), place.inside(r));
     i64 here = place.at(1, place.first - 1);
+#pragma unroll
+    for (int r = 0; r < TAP_ROWS; ++r) next[r].load(place, a.x, here + place.plane + place.from(0, r), place.inside(r));
     for (int t = place.first - 1; t <= place.last; ++t, here += place.plane) {
 #pragma unroll
         for (int r = 0; r < TAP_ROWS; ++r) {
@@ -500,7 +485,7 @@ KERNEL(depthwise_backward, THREADS, TAP_BLOCKS) {
 #pragma unroll
         for (int r = 0; r < TAP_ROWS; ++r) {
             if (a.dx && t > place.first && place.inside(r))
-                store_quad((T*)a.dx + here - place.plane + place.from(0, r), 1, 0, place.width - place.column, dx[0][r]);
+                place.store(a.dx, here - place.plane + place.from(0, r), dx[0][r]);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 x[0][r][j] = x[1][r][j], x[1][r][j] = x[2][r][j];

@@ -25,9 +25,9 @@ struct Args {  // must match gpu.py
     const float *A, *D, *bias;         // [width, states]; [width] or null; [width] or null
     float *last_state;                 // [rows, width, states]
     float *kept;                       // [rows, blocks of channels, chunks, CHANNELS, STATES] or null
-    float *ends, *sums;                // segments alone: [segments, rows, blocks, CHANNELS, STATES]; the same without STATES
+    float *ends, *sums;                // of segments alone: [segments, rows, blocks, CHANNELS, STATES]; without STATES
     Strided dout, du, ddelta, dz;      // backward only, like the rest; dout is the same for all directions
-    float *dA, *dB, *dC, *dD, *dbias;  // added to: [blocks, CHANNELS, STATES]; [rows, length, STATES] twice; [blocks, CHANNELS] twice
+    float *dA, *dB, *dC, *dD, *dbias;  // added to: [blocks, CHANNELS, STATES]; [rows, length, STATES]; [blocks, CHANNELS]
 };
 
 // The shared memory of a multiprocessor in KiB.

@@ -1,10 +1,12 @@
 """Norms between a residual stream in float32 and layers in whatever dtype the model has."""
 
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import norm
 
 
+@register_notrace_module
 class LayerNorm(nn.LayerNorm):
     """`nn.LayerNorm` computed in the input's dtype, returned in the weights'.
 
@@ -19,6 +21,7 @@ class LayerNorm(nn.LayerNorm):
         return norm(x, self.weight, self.bias, self.eps, self.weight.dtype)
 
 
+@register_notrace_module
 class RmsNorm(nn.RMSNorm):
     """`nn.RMSNorm` computed in the input's dtype, returned in the weights' (VideoMamba's norm)."""
 

@@ -104,23 +104,30 @@ class Views:
     def read(self, index: int) -> Iterator[Tensor]:
         """The crops of each clip of a file, one clip after the other: uint8 [num_crops, T, h, w, C].
 
+        Raises:
+            VideoError: the file can't be decoded, or its frames are too elongated.
+        """
+        for frames in self.frames(index):
+            try:
+                yield self.transform.crop(frames, self.num_crops)
+            except ElongatedError as error:
+                raise VideoError(f"{self.files[index]}: {error}") from error
+
+    def frames(self, index: int) -> Iterator[Tensor]:
+        """The frames of each clip of a file, one clip after the other: uint8 [T, H, W, 3].
+
         Clips are decoded together, as frames they share are then decoded once, as far as all frames fit into
         `MOST_BYTES`.
 
         Raises:
-            VideoError: the file can't be decoded, or its frames are too elongated.
+            VideoError: the file can't be decoded.
         """
         reader = VideoReader(self.files[index])
         info, length = reader.info, self.clip.num_frames
         clips = fixed_clips(self.clip, info.num_frames, self.num_clips)
         together = max(1, MOST_BYTES // (length * info.height * info.width * 3))
         for first in range(0, len(clips), together):
-            frames = reader.read([number for clip in clips[first : first + together] for number in clip])
-            for part in frames.split(length):
-                try:
-                    yield self.transform.crop(part, self.num_crops)
-                except ElongatedError as error:
-                    raise VideoError(f"{self.files[index]}: {error}") from error
+            yield from reader.read([i for clip in clips[first : first + together] for i in clip]).split(length)
 
 
 class EvalClips(Dataset):
@@ -148,22 +155,27 @@ class EvalClips(Dataset):
         return len(self.annotations.samples)
 
     def __getitem__(self, index: int) -> dict | None:
-        views = self.views()
+        path, label = self.annotations.samples[index]
         try:
-            clips = torch.cat([views.transform.normalize(crops) for crops in views.read(index)])
+            views = [self.transform(frames, self.num_crops) for frames in self._of([path]).frames(0)]
         except VideoError as error:
             self.leave_out(index, error)
             return None
-        return {"clip": clips, "label": self.annotations.samples[index][1], "index": index}
+        except ElongatedError as error:
+            self.leave_out(index, VideoError(f"{path}: {error}"))
+            return None
+        return {"clip": torch.cat(views), "label": label, "index": index}
 
     def views(self) -> Views:
         """The same views of all videos, without their labels."""
-        files = [file for file, _ in self.annotations.samples]
-        return Views(files, self.transform, self.clip, self.num_clips, self.num_crops)
+        return self._of([file for file, _ in self.annotations.samples])
 
     def leave_out(self, index: int, error: VideoError) -> None:
         """Logs once that a video can't be decoded."""
         _log_failure(self._failed, index, error)
+
+    def _of(self, files: Sequence[VideoFile]) -> Views:
+        return Views(files, self.transform, self.clip, self.num_clips, self.num_crops)
 
 
 def collate(items: Sequence[dict | None]) -> dict[str, Tensor] | None:

@@ -96,9 +96,10 @@ def test_predictions_do_not_depend_on_workers_and_batches(capsys):
 def test_features_continue_however_they_were_stopped(how, output, expected, tmp_path, capsys):
     """Four files are done when it is stopped; the sixth can't be read before."""
     code = f"""
-import pathlib, time
+import pathlib, signal, time
 import etmamba_timm.data.dataset as dataset
 from etmamba_timm.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in what they run in the background
 class Waiting(dataset.VideoReader):
     def __init__(self, path):
         while path.name == {FILES[5]!r} and not pathlib.Path({str(tmp_path / "stopped")!r}).exists():
@@ -109,12 +110,14 @@ raise SystemExit(main({["features", *FILES, *MODEL, "--num-crops", "3", "-o", st
 """
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     partials: list[Path] = []
-    while process.poll() is None and not (partials and partials[0].read_bytes().count(b"\n") == 5):
-        time.sleep(0.05)  # until settings and four files are there
-        partials = list(tmp_path.rglob("*.partial"))
-    process.send_signal(how)
-    process.wait(60)
-    (tmp_path / "stopped").touch()  # so that its workers see that it has ended
+    try:
+        while process.poll() is None and not (partials and partials[0].read_bytes().count(b"\n") == 5):
+            time.sleep(0.05)  # until settings and four files are there
+            partials = list(tmp_path.rglob("*.partial"))
+        process.send_signal(how)
+        process.wait(60)
+    finally:
+        (tmp_path / "stopped").touch()  # so that its workers see that it has ended
     err = process.communicate(timeout=60)[1]
     if how == signal.SIGINT:
         assert process.returncode == 130

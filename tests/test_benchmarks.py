@@ -143,6 +143,7 @@ def test_kinds_of_kernels(load):
         "scan": "scan",
         "local_conv": "local branch",
         "conv_norm_relu": "STFP",
+        "norm": "norms",
     }
     for source in build_gpu.SOURCES.glob("*.cu"):
         kernels = re.findall(r"^KERNEL\((\w+)", source.read_text(), re.MULTILINE)

@@ -103,18 +103,24 @@ def translate(texts: dict[str, bytes], flags: tuple[str, ...]) -> tuple[bytes, s
     try:
         options = [flag.encode() for flag in flags]
         [status] = nvrtc.nvrtcCompileProgram(program, len(options), options)
-        log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))
+        log = _buffer(_check(nvrtc.nvrtcGetProgramLogSize(program)))
         _check(nvrtc.nvrtcGetProgramLog(program, log))
         said = log.decode(errors="replace").strip("\0 \n")
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             first = next((line for line in said.splitlines() if "error" in line), said or status.name)
             raise BuildError(f"NVRTC can't compile {source}: {first}")
         virtual = any(flag.startswith("--gpu-architecture=compute") for flag in flags)
-        made = b" " * _check((nvrtc.nvrtcGetPTXSize if virtual else nvrtc.nvrtcGetCUBINSize)(program))
+        size = _check((nvrtc.nvrtcGetPTXSize if virtual else nvrtc.nvrtcGetCUBINSize)(program))
+        made = _buffer(size)
         _check((nvrtc.nvrtcGetPTX if virtual else nvrtc.nvrtcGetCUBIN)(program, made))
-        return made, said
+        return made[:size], said
     finally:
         nvrtc.nvrtcDestroyProgram(program)
+
+
+def _buffer(size: int) -> bytes:
+    """Bytes for NVRTC to write to. One more than asked for: Python has only one object for each single byte."""
+    return bytes(size + 1)
 
 
 def _check(returned: tuple[Any, ...]) -> Any:

@@ -31,6 +31,7 @@ def test_compiles_once_for_each_architecture_and_set_of_macros(cache, caplog):
     assert len(caplog.records) == len(variants)
     assert [build_gpu.compile_gpu(source, *variant) for variant in variants] == made  # from the cache
     assert len(caplog.records) == len(variants)
+    assert [bytes([i])[0] for i in range(256)] == list(range(256))  # the compiler didn't write to Python's own objects
     assert sorted(path.name.split("-")[1] for path in cache.glob("*.cubin")) == ["sm_80", "sm_90", "sm_90"]
 
 

@@ -5,7 +5,6 @@ The driver is called through cuda.bindings. Kernels go to PyTorch's current stre
 
 import ctypes
 import functools
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +12,6 @@ import torch
 from torch import Tensor
 
 from . import build_gpu
-
-_logger = logging.getLogger(__name__)
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # must match gpu/kernel.h
 DEVICES = ("cuda",)

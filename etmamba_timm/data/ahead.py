@@ -22,7 +22,7 @@ from .ffmpeg import VideoError
 
 _logger = logging.getLogger(__name__)
 
-MOST_DEATHS = 2  # of workers in a row at the same clip, before its file is given up
+MOST_DEATHS = 2  # of workers in a row at the same clip, before its file (or all, if none ever began) is given up
 _READY, _CLIP = "ready", "clip"
 
 
@@ -104,7 +104,7 @@ class _Worker:
                 deaths += 1
                 died = self._reason()
                 self.stop()
-                if not self.can_start:
+                if not self.can_start and deaths == MOST_DEATHS:
                     raise RuntimeError(
                         f"a decoding process ended before its work began ({died}); its own message may say why. "
                         "Without workers, no processes are started"

@@ -6,10 +6,11 @@ import logging
 
 import pytest
 import torch
+from agreement import error
 from emulated import ORDERS, emulate, needs_emulation
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_convolutions import SEEDS, assert_agrees, error, parameters_in, randn
+from test_convolutions import SEEDS, assert_agrees, parameters_in, randn
 
 from etmamba_timm.layers.stfp import Stfp
 from etmamba_timm.ops import conv_norm_relu

@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 import torch
+from agreement import assert_gradients_agree, error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,11 +31,6 @@ def randn(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.float64).to(dtype)
 
 
-def error(a: torch.Tensor, b: torch.Tensor) -> float:
-    """max|a - b| / max|b|; where b is 0 throughout, max|a|."""
-    return (a.double() - b).abs().max().item() / (b.abs().max().item() or 1.0)
-
-
 def assert_agrees(kernel, plain, activations: list[torch.Tensor], parameters: list[torch.Tensor]) -> None:
     """Output and every gradient of `kernel` in the tensors' dtypes, against `plain` in float64."""
     assert kernel is not plain
@@ -43,12 +39,11 @@ def assert_agrees(kernel, plain, activations: list[torch.Tensor], parameters: li
     out, expected = kernel(*inputs), plain(*wanted)
     weight = randn(*out.shape).to(out.dtype)
     grads = torch.autograd.grad(out, inputs, weight)
-    expected_grads = torch.autograd.grad(expected, wanted, weight.double())
     activation_bound, parameter_bound = BOUNDS[activations[0].dtype]
     assert error(out, expected) <= activation_bound
-    for i, (grad, wanted_grad) in enumerate(zip(grads, expected_grads, strict=True)):
-        assert grad.dtype == inputs[i].dtype
-        assert error(grad, wanted_grad) <= (activation_bound if i < len(activations) else parameter_bound), i
+    assert [grad.dtype for grad in grads] == [t.dtype for t in inputs]
+    bounds = [activation_bound] * len(activations) + [parameter_bound] * len(parameters)
+    assert_gradients_agree(grads, expected, wanted, weight, bounds)
 
 
 def parameters_in(dtype: torch.dtype) -> torch.dtype:

@@ -4,10 +4,11 @@ import importlib
 
 import pytest
 import torch
+from agreement import assert_gradients_agree, error
 from emulated import ORDERS, emulate, needs_emulation
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_convolutions import BOUNDS, SEEDS, error, randn
+from test_convolutions import BOUNDS, SEEDS, randn
 
 from etmamba_timm.ops import norm
 from etmamba_timm.ops.kernels import load_cpu
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.skipif(load_cpu.why_not() is not None, reason=f"no CPU 
 def assert_agrees(rows: int, width: int, dtypes: tuple, rms: bool, seed: int) -> None:
     """Output and every gradient; dtypes of the input, the parameters and the output."""
     x_dtype, parameter_dtype, out_dtype = dtypes
-    width = width if rms else max(4, width)  # of fewer, layer norm's gradient is next to nothing
+    width = max(4, width)  # of fewer, the gradient of x is next to nothing
     torch.manual_seed(seed)
     x = (3 + randn(2, rows, width)).to(x_dtype)
     parameters = [(1 + randn(width) / 3).to(parameter_dtype), randn(width).to(parameter_dtype)][: 1 if rms else 2]
@@ -34,13 +35,11 @@ def assert_agrees(rows: int, width: int, dtypes: tuple, rms: bool, seed: int) ->
     expected = MODULE._plain(*wanted, *([None] * rms), 1e-3, torch.float64)
     dout = randn(*out.shape).to(out_dtype)
     grads = torch.autograd.grad(out, inputs, dout)
-    expected_grads = torch.autograd.grad(expected, wanted, dout.double())
     activations, of_parameters = BOUNDS[out_dtype]
     assert out.dtype == out_dtype
     assert error(out, expected) <= activations
-    for i, (grad, expected_grad) in enumerate(zip(grads, expected_grads, strict=True)):
-        assert grad.dtype == inputs[i].dtype
-        assert error(grad, expected_grad) <= (of_parameters if i else activations), i
+    assert [grad.dtype for grad in grads] == [t.dtype for t in inputs]
+    assert_gradients_agree(grads, expected, wanted, dout, [activations, *[of_parameters] * len(parameters)])
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)

@@ -6,7 +6,8 @@ import threading
 import pytest
 import timm
 import torch
-from test_convolutions import BOUNDS, error
+from agreement import assert_gradients_agree, error
+from test_convolutions import BOUNDS
 
 import etmamba_timm  # registers the models  # noqa: F401
 from etmamba_timm.ops import bidirectional_scan, conv_norm_relu, local_conv, selective_scan, short_conv
@@ -40,12 +41,10 @@ def assert_agrees(kernel, plain, activations: list, parameters: list) -> None:
     out, expected = kernel(*inputs), plain(*wanted)
     dout = randn(*out.shape).to(out.dtype)
     grads = torch.autograd.grad(out, inputs, dout.cuda())
-    expected_grads = torch.autograd.grad(expected, wanted, dout.double())
     activation_bound, parameter_bound = BOUNDS[activations[0].dtype]
     assert error(out.cpu(), expected) <= activation_bound
-    for i, (grad, expected_grad) in enumerate(zip(grads, expected_grads, strict=True)):
-        bound = activation_bound if i < len(activations) else parameter_bound
-        assert error(grad.cpu(), expected_grad) <= bound, i
+    bounds = [activation_bound] * len(activations) + [parameter_bound] * len(parameters)
+    assert_gradients_agree([grad.cpu() for grad in grads], expected, wanted, dout, bounds)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

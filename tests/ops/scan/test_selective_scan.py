@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from agreement import assert_gradients_agree, error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -67,16 +68,20 @@ def in_float64(args: dict) -> dict:
     return {k: None if t is None else t.detach().double().requires_grad_() for k, t in args.items()}
 
 
-def error(a: torch.Tensor, b: torch.Tensor) -> float:
-    """max|a - b| / max|b|; where b is 0 throughout, max|a|."""
-    scale = b.abs().max().item()
-    return (a.double() - b).abs().max().item() / (scale or 1.0)
-
-
 def gradients(scan, args: dict, weight: torch.Tensor) -> tuple[torch.Tensor, dict]:
     given = {k: t for k, t in args.items() if t is not None}
     out = scan(**args)
     return out, dict(zip(given, torch.autograd.grad(out, list(given.values()), weight.to(out.dtype)), strict=True))
+
+
+def assert_agrees(out: torch.Tensor, grads: dict, reference, args: dict, weight: torch.Tensor) -> None:
+    """Output and every gradient are within BOUNDS of those of `reference` in float64."""
+    activations, parameters = BOUNDS[args["u"].dtype]
+    args = in_float64(args)
+    wanted = reference(**args)
+    assert error(out, wanted) <= activations
+    bounds = [parameters if name in PARAMETERS else activations for name in grads]
+    assert_gradients_agree(list(grads.values()), wanted, [args[name] for name in grads], weight, bounds)
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -96,10 +101,7 @@ def gradients(scan, args: dict, weight: torch.Tensor) -> tuple[torch.Tensor, dic
 def test_backends_agree_with_the_reference(
     backend, batch, width, length, state, dtype, layout, softplus, optional, reverse, seed
 ):
-    """Output and every gradient, over shapes, strides, dtypes and directions.
-
-    Where a sum cancels, the reference itself misses the bound in this dtype; then twice its own error is allowed.
-    """
+    """Output and every gradient, over shapes, strides, dtypes and directions."""
     args = arguments(batch, width, length, state, dtype, seed, layout, optional)
     if not softplus:  # a step must be positive for the scan to be stable
         args["delta"] = (args["delta"].detach().abs() * 0.2).requires_grad_()
@@ -107,16 +109,8 @@ def test_backends_agree_with_the_reference(
     weight = torch.randn(batch, width, length, generator=torch.Generator().manual_seed(seed)).to(dtype)
     options = {"delta_softplus": softplus, "reverse": reverse}
     out, grads = gradients(lambda **a: selective_scan(**a, **options, backend=backend), args, weight)
-    expected, expected_grads = gradients(
-        lambda **a: selective_scan(**a, **options, backend="reference"), in_float64(args), weight
-    )
-    _, own_grads = gradients(lambda **a: selective_scan(**a, **options, backend="reference"), args, weight)
-    activations, parameters = BOUNDS[dtype]
     assert out.dtype == dtype
-    assert error(out, expected) <= activations
-    for name, grad in grads.items():
-        bound = parameters if name in PARAMETERS else activations
-        assert error(grad, expected_grads[name]) <= max(bound, 2 * error(own_grads[name], expected_grads[name])), name
+    assert_agrees(out, grads, lambda **a: selective_scan(**a, **options, backend="reference"), args, weight)
 
 
 @pytest.mark.parametrize("backend", HERE)
@@ -140,11 +134,7 @@ def test_bidirectional_agrees_with_the_reference(backend, dtype):
         return lambda **a: bidirectional_scan(**a, delta_softplus=True, backend=name)
 
     out, grads = gradients(scan(backend), args, weight)
-    expected, expected_grads = gradients(scan("reference"), in_float64(args), weight)
-    activations, parameters = BOUNDS[dtype]
-    assert error(out, expected) <= activations
-    for name, grad in grads.items():
-        assert error(grad, expected_grads[name]) <= (parameters if name in PARAMETERS else activations), name
+    assert_agrees(out, grads, scan("reference"), args, weight)
 
 
 @pytest.mark.parametrize("backend", [name for name in HERE if name == "cpu"])

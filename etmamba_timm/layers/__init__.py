@@ -6,6 +6,7 @@ from .ebs import Ebs
 from .embed import PatchEmbed, resample_spatial, resample_temporal, to_tokens
 from .fold import fold_weights
 from .norm import LayerNorm, RmsNorm
+from .recompute import Recomputing
 from .stcm import LocalBranch, StcmBlock
 from .stfp import Stfp
 
@@ -22,6 +23,7 @@ __all__ = [
     "LayerNorm",
     "LocalBranch",
     "PatchEmbed",
+    "Recomputing",
     "RmsNorm",
     "StcmBlock",
     "Stfp",

@@ -4,10 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import selective_scan
+from .recompute import Recomputing
 from .ssm import conv_silu, dt_rank, init_dt, new_A_log, ssm
 
 
-class BiMamba(nn.Module):
+class BiMamba(Recomputing):
     """Vision Mamba's "v2" mixer as VideoMamba has it; parameters of the backward direction end in `_b`.
 
     Args:
@@ -49,8 +50,14 @@ class BiMamba(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: normalised tokens [B, N, D] -> [B, N, D]."""
         x, z = self.in_proj(x).chunk(2, dim=-1)  # each [B, N, E]
-        u = conv_silu(x, self.conv1d, self.d_conv)
-        y = ssm(selective_scan, u, z, self.x_proj, self.dt_proj, self.A_log, self.D)
-        u = conv_silu(x, self.conv1d_b, self.d_conv, reverse=True)
-        y = y + ssm(selective_scan, u, z, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b, reverse=True)
+        y = self.recomputed(self._forwards, [self.conv1d, self.x_proj, self.dt_proj], x, z)
+        y = y + self.recomputed(self._backwards, [self.conv1d_b, self.x_proj_b, self.dt_proj_b], x, z)
         return self.out_proj(y)
+
+    def _forwards(self, x: Tensor, z: Tensor) -> Tensor:
+        u = conv_silu(x, self.conv1d, self.d_conv)
+        return ssm(selective_scan, u, z, self.x_proj, self.dt_proj, self.A_log, self.D)
+
+    def _backwards(self, x: Tensor, z: Tensor) -> Tensor:
+        u = conv_silu(x, self.conv1d_b, self.d_conv, reverse=True)
+        return ssm(selective_scan, u, z, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b, reverse=True)

@@ -19,7 +19,7 @@ class MixerBlock(nn.Module):
         depth, d_state, expand, d_conv: see the mixer.
     """
 
-    norm_layer: type[nn.Module]
+    norm_layer: type[LayerNorm | RmsNorm]
     mixer_layer: type[nn.Module]
 
     def __init__(
@@ -35,7 +35,7 @@ class MixerBlock(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        self.norm = self.norm_layer(dim, **dd)
+        self.norm = self.norm_layer(dim, before_linear=True, **dd)
         self.mixer = self.mixer_layer(dim, depth, d_state, expand, d_conv, **dd)
         self.drop_path = DropPath(drop_path)
 

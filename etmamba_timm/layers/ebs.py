@@ -1,13 +1,16 @@
 """EBS, the Efficient Bidirectional Sharing mixer (paper 3.3)."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import bidirectional_scan
+from .plain import plain_weights
+from .recompute import Recomputing
 from .ssm import conv_silu, dt_rank, init_dt, new_A_log, ssm
 
 
-class Ebs(nn.Module):
+class Ebs(Recomputing):
     """A bidirectional Mamba mixer whose two directions share everything but their projections.
 
     `EBS = Lin_out(SSM_s(u_F) ⊗ SiLU(Fz) + SSM_s(u_B) ⊗ SiLU(Bz))` with `u_d = SiLU(Conv_s(PW_s(dx)))`. For the
@@ -50,7 +53,24 @@ class Ebs(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: normalised tokens [B, N, D] -> [B, N, D]."""
-        x, z = self.in_proj(x).unflatten(-1, (2, 2, -1)).permute(2, 3, 0, 1, 4)  # x, z; direction; B, N, E
-        u = conv_silu(x if self.pw is None else self.pw(x), self.conv1d, self.d_conv)
-        y = ssm(bidirectional_scan, u, z, self.x_proj, self.dt_proj, self.A_log, self.D)
+        modules = [self.pw, self.conv1d, self.x_proj, self.dt_proj]
+        y = self.recomputed(self._mix, modules, *self._project(x))
         return y if self.out_proj is None else self.out_proj(y)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, N, D] -> x and z [B, N, 2, E], forwards and backwards; for PW_s, x has no gaps in memory."""
+        weights = None if self.pw is None else plain_weights(self.in_proj, nn.Linear)
+        if weights is None:
+            x, z = self.in_proj(x).chunk(2, dim=-1)
+        else:
+            (x_weight, z_weight), (x_bias, z_bias) = (w.chunk(2) for w in weights)
+            x, z = F.linear(x, x_weight, x_bias), F.linear(x, z_weight, z_bias)
+        return x.unflatten(-1, (2, -1)), z.unflatten(-1, (2, -1))
+
+    def _mix(self, x: Tensor, z: Tensor) -> Tensor:
+        """x, z: [B, N, 2, E] -> the gated sum of both directions [B, N, E]."""
+        if self.pw is not None:
+            x = self.pw(x)
+        x, z = (t.permute(2, 0, 1, 3) for t in (x, z))  # [2, B, N, E]
+        u = conv_silu(x, self.conv1d, self.d_conv)
+        return ssm(bidirectional_scan, u, z, self.x_proj, self.dt_proj, self.A_log, self.D)

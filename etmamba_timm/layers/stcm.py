@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from ..ops import local_conv
 from .block import EbsBlock
 from .norm import LayerNorm
-from .plain import plain_conv
+from .plain import plain_conv, plain_weights
+from .recompute import Recomputing
 
 SCALES = ((3, 1, 1), (5, 4, 2), (7, 9, 3))  # kernel, padding and dilation of each scale
 
 
-class LocalBranch(nn.Module):
+class LocalBranch(Recomputing):
     """Local spatial features at four scales, within each frame.
 
     `X' = PW(X̂)`, `Xc = concat(DC3(X'), DC5(X'), DC7(X'), X')`, `LN(SiLU(Xc) + X)`; the convolutions are depthwise
@@ -33,23 +34,28 @@ class LocalBranch(nn.Module):
             nn.Conv2d(width, width, kernel, padding=padding, dilation=dilation, groups=width, **dd)
             for kernel, padding, dilation in SCALES
         )
-        self.norm = LayerNorm(dim, **dd)
+        self.norm = LayerNorm(dim, before_linear=True, **dd)
 
     def forward(self, x_norm: Tensor, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """x_norm, x: tokens [B, 1 + t·h·w, D], normalised and not, class token first -> [B, 1 + t·h·w, D]."""
-        tokens = self.proj(x_norm)
-        channels = tokens.shape[-1]
         convs = (self.conv3, self.conv5, self.conv7)
+
+        def run(x_norm: Tensor, x: Tensor) -> Tensor:
+            return self.norm(self._convolved(self.proj(x_norm), x, convs, grid))
+
+        return self.recomputed(run, [self.proj, *convs, self.norm], x_norm, x)
+
+    def _convolved(self, tokens: Tensor, x: Tensor, convs: tuple[nn.Conv2d, ...], grid: tuple[int, int, int]) -> Tensor:
+        """SiLU(Xc) + X: [B, 1 + t·h·w, D/4] and [B, 1 + t·h·w, D] -> [B, 1 + t·h·w, D]."""
+        channels = tokens.shape[-1]
         weights = [
             plain_conv(conv, nn.Conv2d, (channels, 1, kernel, kernel), padding, dilation)
             for conv, (kernel, padding, dilation) in zip(convs, SCALES, strict=True)
         ]
         plain = [pair for pair in weights if pair is not None]
         if len(plain) == len(convs):
-            y = local_conv(tokens, x, [weight for weight, _ in plain], [bias for _, bias in plain], grid)
-        else:
-            y = _called_convs(tokens, x, convs, grid)
-        return self.norm(y)
+            return local_conv(tokens, x, [weight for weight, _ in plain], [bias for _, bias in plain], grid)
+        return _called_convs(tokens, x, convs, grid)
 
 
 def _called_convs(tokens: Tensor, residual: Tensor, convs: tuple[nn.Module, ...], grid: tuple[int, int, int]) -> Tensor:
@@ -91,5 +97,15 @@ class StcmBlock(EbsBlock):
     def forward(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """x: tokens [B, 1 + t·h·w, D], class token first; grid (t, h, w) -> [B, 1 + t·h·w, D]."""
         x_norm = self.norm(x)
-        both = torch.cat([self.mixer(x_norm), self.local(x_norm, x, grid)], dim=-1)  # [B, 1 + t·h·w, 2D]
-        return x + self.drop_path(self.fusion(both))
+        return x + self.drop_path(self._fused(self.mixer(x_norm), self.local(x_norm, x, grid)))
+
+    def _fused(self, mixed: Tensor, local: Tensor) -> Tensor:
+        """`Fuse(concat[mixed, local])`, both [B, N, ·]; each is multiplied with its columns, so that none is copied."""
+        weights = plain_weights(self.fusion, nn.Linear)
+        if weights is None:
+            return self.fusion(torch.cat([mixed, local], dim=-1))
+        weight, bias = weights
+        of_mixed, of_local = weight.split([mixed.shape[-1], local.shape[-1]], dim=1)
+        y = F.linear(mixed, of_mixed, bias)
+        y.flatten(0, 1).addmm_(local.flatten(0, 1).to(y.dtype), of_local.t().to(y.dtype))
+        return y

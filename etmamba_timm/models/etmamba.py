@@ -12,7 +12,7 @@ from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
 
 from ..clip import Clip, Stride
-from ..layers import BLOCKS, STEMS, PatchEmbed, resample_spatial, resample_temporal, to_tokens
+from ..layers import BLOCKS, STEMS, PatchEmbed, Recomputing, resample_spatial, resample_temporal, to_tokens
 
 _logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class EtMamba(nn.Module):
         self.feature_info = [
             {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": patch_size} for i in range(depth)
         ]
-        self.norm = block_layer.norm_layer(embed_dim, **dd)
+        self.norm: nn.Module = block_layer.norm_layer(embed_dim, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.init_weights()
@@ -343,12 +343,18 @@ class EtMamba(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True, every: int = 1) -> None:
         """Sets whether blocks recompute their activations in the backward pass, to save memory.
 
+        On GPUs, parts of a block are always recomputed, where that is quick (see `Recomputing`).
+
         Args:
             enable: whether any do.
             every: how many blocks there are for each that does; 1 for all of them, 2 for half of them.
         """
         _at_least("every", every, 1)
         self.grad_checkpointing, self.checkpoint_every = enable, every
+        for i, block in enumerate(self.blocks):
+            for module in block.modules():
+                if isinstance(module, Recomputing):
+                    module.recomputes = not self._recomputes(i)
 
     def _recomputes(self, block: int) -> bool:
         return self.grad_checkpointing and block % self.checkpoint_every == 0

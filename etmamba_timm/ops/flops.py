@@ -1,4 +1,7 @@
-"""What `FlopCounterMode` counts for our operators, which it can't look into: two operations a multiply-add."""
+"""What `FlopCounterMode` counts for our operators, which it can't look into: two operations a multiply-add.
+
+PyTorch knows `addmm`, but not `addmm_`, which the layers use as well.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,3 +32,6 @@ def _register(operator: str, formula: Callable[..., int], passes: int) -> None:
 
     # PyTorch 2.4 files a formula under the operator's overloads, but looks for it under the packet.
     flop_registry.setdefault(packet, register_flop_formula(packet)(flops))
+
+
+flop_registry.setdefault(torch.ops.aten.addmm_, flop_registry[torch.ops.aten.addmm])

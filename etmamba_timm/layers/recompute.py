@@ -13,6 +13,7 @@ from .norm import LayerNorm
 from .plain import is_plain
 
 T = TypeVar("T")
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # from PyTorch 2.7 on
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, LayerNorm)
 
 
@@ -34,7 +35,8 @@ class Recomputing(nn.Module):
                 second call could have another result (an adapter's dropout), or be one too many (a hook that counts).
             inputs: its tensors, apart from parameters.
         """
-        is_wanted = self.recomputes and torch.is_grad_enabled() and on_gpu(inputs[0]) and not has_tangent(*inputs)
+        is_wanted = self.recomputes and torch.is_grad_enabled() and on_gpu(inputs[0])
+        is_wanted = is_wanted and not has_tangent(*inputs) and not is_exporting()
         if is_wanted and all(module is None or _is_plain(module) for module in modules):
             return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
         return function(*inputs)

@@ -132,6 +132,14 @@ def test_inference_recomputes_nothing():
     assert calls.count == len(model.blocks)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_programs_have_no_checkpoints(strict):
+    model = small("etmamba_ti").eval()
+    program = torch.export.export(model, (clip(),), strict=strict)
+    torch.testing.assert_close(program.module()(clip()), model(clip()))
+    assert not [node for node in program.graph.nodes if "checkpoint" in str(node.target)]
+
+
 @pytest.mark.parametrize("name", ["etmamba_ti", "videomamba_ti"])
 def test_compiled_as_one_graph(name):
     model = small(name)

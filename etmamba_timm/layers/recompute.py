@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..ops import on_gpu
-from ..ops.kernels.choice import has_tangent
+from ..ops.kernels.choice import has_tangent, only_plain
 from .norm import LayerNorm
 from .plain import is_plain
 
@@ -36,7 +36,7 @@ class Recomputing(nn.Module):
             inputs: its tensors, apart from parameters.
         """
         is_wanted = self.recomputes and torch.is_grad_enabled() and on_gpu(inputs[0])
-        is_wanted = is_wanted and not has_tangent(*inputs) and not is_exporting()
+        is_wanted = is_wanted and not (has_tangent(*inputs) or only_plain() or is_exporting())
         if is_wanted and all(module is None or _is_plain(module) for module in modules):
             return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
         return function(*inputs)

@@ -91,8 +91,8 @@ class StcmBlock(EbsBlock):
             weights = self._folded_weights("mixer.in_proj", "mixer.pw", "mixer.out_proj", "fusion")
             self.mixer.pw = self.mixer.out_proj = None
             out_features, in_features = weights["fusion.weight"].shape
-            dd = {"device": self.fusion.weight.device, "dtype": self.fusion.weight.dtype}
-            self.fusion = nn.Linear(in_features, out_features, **dd)
+            weight = self.fusion.weight
+            self.fusion = nn.Linear(in_features, out_features, device=weight.device, dtype=weight.dtype)
             self.load_state_dict(weights)
 
     def forward(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:

@@ -1,6 +1,7 @@
 """The operators of the models, with kernels of their own for CPUs and GPUs."""
 
 from .conv_norm_relu import conv_norm_relu
+from .kernels.choice import plain_operators
 from .kernels.load_gpu import on_gpu
 from .local_conv import local_conv
 from .norm import norm
@@ -13,6 +14,7 @@ __all__ = [
     "local_conv",
     "norm",
     "on_gpu",
+    "plain_operators",
     "scan_backends",
     "selective_scan",
     "short_conv",

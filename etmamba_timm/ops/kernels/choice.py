@@ -1,6 +1,8 @@
 """Which tensors the kernels can take, and what else their wrappers share."""
 
+import contextlib
 import logging
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -10,6 +12,27 @@ from . import load_cpu, load_gpu
 
 _logger = logging.getLogger(__name__)
 _told: set[str] = set()
+_plain_depth = 0
+
+
+@contextlib.contextmanager
+def plain_operators() -> Iterator[None]:
+    """Within it, models use PyTorch's own operators alone, in the whole process.
+
+    So they can be exported to run without this package, and be differentiated in every way: by `torch.func`, several
+    times, forwards. Results are the same up to rounding; it takes several times as long.
+    """
+    global _plain_depth
+    _plain_depth += 1
+    try:
+        yield
+    finally:
+        _plain_depth -= 1
+
+
+def only_plain() -> bool:
+    """Whether `plain_operators` is in force."""
+    return _plain_depth > 0
 
 
 def takes(operator: str, *tensors: Tensor | None, gpu_limit: str | None = None) -> bool:
@@ -18,6 +41,8 @@ def takes(operator: str, *tensors: Tensor | None, gpu_limit: str | None = None) 
     They take floating-point tensors on the CPU (and on 'meta', with only shapes) and on a GPU (there without float64),
     and have no forward-mode derivative. `gpu_limit` is a reason why the operator's GPU kernels don't take them, if any.
     """
+    if only_plain():
+        return False
     given = [t for t in tensors if t is not None]
     on_gpu = load_gpu.on_gpu(given[0])
     reason = _why_not(given) or (gpu_limit if on_gpu else None)

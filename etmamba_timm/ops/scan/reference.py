@@ -1,13 +1,18 @@
 """The selective scan in plain PyTorch, one time step after another: what all other backends are tested against.
 
-It needs only torch, can be differentiated any number of times, and is slow: a few operations a time step.
+It needs only torch, can be differentiated any number of times, and is slow: a few operations a time step. In an
+exported program it is one loop (ONNX's `Scan`).
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import Backend, ScanInputs, in_scan_order
+
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # from PyTorch 2.7 on
 
 
 @torch.compiler.disable  # a graph of L unrolled steps would help nobody
@@ -25,18 +30,40 @@ def scan(inputs: ScanInputs, reverse_from: int) -> tuple[Tensor, Tensor]:
     if delta_softplus:
         delta = F.softplus(delta)
 
-    h = A.new_zeros(u.shape[0], *A.shape)  # [B, D, N]
-    ys = []
-    for t in range(u.shape[-1]):
-        delta_t = delta[:, :, t, None]
-        h = torch.exp(delta_t * A) * h + delta_t * u[:, :, t, None] * B[:, None, :, t]
-        ys.append((h * C[:, None, :, t]).sum(-1))
-    y = torch.stack(ys, dim=-1)  # [B, D, L]
+    delta_, x, B, C = (x.permute(2, 0, 1) for x in (delta, delta * u, B, C))  # [L, B, D] or [L, B, N]
+    A = A.t()  # [N, D]: the channels are next to each other
+    rates = A.expand(len(x), *A.shape)  # an exported loop sees only its arguments
+    h, ys = _loop(
+        _step,
+        A.new_zeros(u.shape[0], *A.shape),
+        (rates, delta_[:, :, None], x[:, :, None], B[..., None], C[:, :, None]),
+    )
+    y = ys.permute(1, 3, 2, 0).flatten(1, 2)  # [L, B, 1, D] -> [B, D, L]
     if D is not None:
         y = y + D[:, None] * u
     if z is not None:
         y = y * F.silu(z)
-    return in_scan_order(y, reverse_from).to(inputs.u.dtype), h
+    return in_scan_order(y, reverse_from).to(inputs.u.dtype), h.mT
 
 
 BACKEND = Backend("reference", scan, forward_mode=True)
+
+
+def _step(h: Tensor, step: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """The next state [B, N, D], and the output [B, 1, D]; A [N, D]; delta, x [B, 1, D]; B [B, N, 1]; C [B, 1, N]."""
+    A, delta, x, B, C = step
+    h = torch.exp(delta * A) * h + x * B
+    return h, C @ h
+
+
+def _loop(body: Callable, h: Tensor, steps: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """`h, y = body(h, (steps[0][t], steps[1][t], ...))` for each t: the last h, and all y stacked."""
+    if _is_exporting():
+        from torch._higher_order_ops.scan import scan as loop
+
+        return loop(body, h, tuple(x.contiguous() for x in steps))
+    ys = []
+    for step in zip(*(x.unbind() for x in steps), strict=True):
+        h, y = body(h, step)
+        ys.append(y)
+    return h, torch.stack(ys)

@@ -9,7 +9,7 @@ import os
 import torch
 from torch import Tensor
 
-from ..kernels.choice import state_dtype
+from ..kernels.choice import only_plain, state_dtype
 from ..kernels.load_cpu import DTYPES
 from . import chunked, fused, mamba_ssm, reference
 from .backend import Backend, ScanInputs
@@ -121,6 +121,8 @@ def _why_not(name: str) -> str | None:
 
 def _choose(name: str, inputs: ScanInputs) -> Backend:
     """The backend of this name; for 'auto' the first that can run, and a log of why faster ones can't."""
+    if name == "auto" and only_plain():
+        name = reference.BACKEND.name
     if name == "auto":
         passed_over: dict[str, str] = {}
         for name, backend in _in_order().items():

@@ -84,7 +84,7 @@ MODELS = {
 class Multiplications(TorchDispatchMode):
     """Records the operands' layouts of every matrix multiplication."""
 
-    CALLS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+    CALLS = tuple(getattr(torch.ops.aten, name) for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm"))
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,14 +97,14 @@ class Multiplications(TorchDispatchMode):
 
     def replay(self):
         """A function that repeats only these multiplications, on random numbers."""
-        made = {}
+        made = {}  # by place among the operands too: addmm_ must not write to what it reads
         for _, layouts in self.calls:
-            for layout in layouts:
-                if layout not in made:
-                    shape, stride, dtype, device = layout
-                    made[layout] = torch.empty_strided(shape, stride, dtype=dtype, device=device)
-                    made[layout].copy_(torch.randn(shape, device=device) * 0.02)
-        ready = [(func, [made[layout] for layout in layouts]) for func, layouts in self.calls]
+            for key in enumerate(layouts):
+                if key not in made:
+                    _, (shape, stride, dtype, device) = key
+                    made[key] = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+                    made[key].copy_(torch.randn(shape, device=device) * 0.02)
+        ready = [(func, [made[key] for key in enumerate(layouts)]) for func, layouts in self.calls]
 
         def run():
             for func, operands in ready:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -283,3 +285,21 @@ def test_as_a_command_into_a_closed_pipe(trained):
     process.stdout.close()
     assert "Traceback" not in process.stderr.read()
     process.wait(60)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library's allocator")
+def test_commands_reuse_the_memory_of_large_tensors():
+    faults_of_four = """
+import resource, sys, torch
+from etmamba_timm.cli import main
+main(sys.argv[1:])
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+counts = []
+for _ in range(6):
+    torch.ones(2**24)
+    counts.append(faults())
+print(counts[-1] - counts[1])
+"""
+    done = subprocess.run([sys.executable, "-c", faults_of_four, "info"], capture_output=True, text=True, check=True)
+    pages = 64 * 2**20 // resource.getpagesize()  # of one tensor
+    assert int(done.stdout.split()[-1]) < pages / 10

@@ -113,6 +113,18 @@ def test_backends_agree_with_the_reference(
     assert_agrees(out, grads, lambda **a: selective_scan(**a, **options, backend="reference"), args, weight)
 
 
+@pytest.mark.parametrize("backend", FAST)
+def test_long_memories_in_16_bits(backend):
+    """A state that decays by 0.1% to 10% a step, for 2000 steps, to within twice the output's rounding."""
+    rates = torch.arange(1, 17).expand(40, 16)
+    args = {"u": torch.ones(1, 40, 2000), "delta": torch.linspace(-7, -5, 40)[:, None].expand(1, 40, 2000)}
+    args = {k: v.to(torch.float16) for k, v in args.items()} | {"A": -rates.float()}
+    args |= {"B": torch.ones(1, 16, 2000, dtype=torch.float16), "C": torch.ones(1, 16, 2000, dtype=torch.float16)}
+    out = selective_scan(**args, delta_softplus=True, backend=backend)
+    wanted = selective_scan(**in_float64(args), delta_softplus=True, backend="reference")
+    torch.testing.assert_close(out.double(), wanted, rtol=2**-10, atol=0)
+
+
 @pytest.mark.parametrize("backend", HERE)
 def test_bidirectional_is_both_directions(backend):
     args = both_directions(arguments(4, 6, 50, 5))

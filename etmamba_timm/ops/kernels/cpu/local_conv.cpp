@@ -111,6 +111,12 @@ template <typename T, typename S> void forward(const Args& a) {
             read<T>(a, x, frame, d, count);
             const int64_t b = frame / a.frames_each, first = 1 + frame % a.frames_each * a.height * a.width;
             for_blocks(a, [&](int64_t i, int64_t j, int64_t positions) {
+                for (int64_t u = 0; u < positions; ++u)  // needed after the convolutions; too far apart for the processor
+                    for (int s = 0; s <= SCALES; ++s) {
+                        const int64_t channel = s * a.channels + d, p = first + i * a.width + j + u;
+                        __builtin_prefetch(a.residual.at<S>(0, b, channel, p), 0, 2);
+                        __builtin_prefetch(a.out.at<S>(0, b, channel, p), 1, 2);
+                    }
                 const Local<S> local(x, w, i, j);
                 for (int64_t u = 0; u < positions; ++u)
                     for (int s = 0; s <= SCALES; ++s) {

@@ -44,6 +44,10 @@ template <typename X, typename T, typename S> void run(const Args& a) {
     run_tasks((a.rows + ROWS - 1) / ROWS, a.threads, [&](int64_t task) {
         for (int64_t row = task * ROWS; row < std::min((task + 1) * ROWS, a.rows); ++row) {
             const X* x = (const X*)a.x + row * D;
+            T* out = (T*)a.out + row * D;
+            const int64_t ahead = std::min<int64_t>(4, a.rows - 1 - row) * D;
+            for (int64_t d = 0; d < D; d += 64 / sizeof(X)) __builtin_prefetch(x + ahead + d, 0, 2);
+            for (int64_t d = 0; d < D; d += 64 / sizeof(T)) __builtin_prefetch(out + ahead + d, 1, 2);
             S mean = 0;
             if (a.bias) {
                 mean = sum_over<X, S>(x, whole, [](Vec<S> v) { return v; });
@@ -56,7 +60,6 @@ template <typename X, typename T, typename S> void run(const Args& a) {
                 squares += centred * centred;
             }
             const S scale = 1 / std::sqrt(squares / (S)D + (S)a.eps);
-            T* out = (T*)a.out + row * D;
             const S* weight = (S*)a.weight;
             const S* bias = (S*)a.bias;
             for (int64_t d = 0; d < whole; d += W) {

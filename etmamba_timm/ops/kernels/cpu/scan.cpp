@@ -59,7 +59,7 @@ template <typename T, typename S> struct Steps {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t j = i - begin, t = walk.t(i), g = walk.g, b = walk.b;
             raw[j] = load<T, S>(a.delta.at<T>(g, b, d, t), a.delta.channel, count) + bias;
-            dt[j] = a.softplus ? softplus(raw[j]) : raw[j];
+            dt[j] = a.softplus ? softplus<rough<T>>(raw[j]) : raw[j];
             x[j] = load<T, S>(a.u.at<T>(g, b, d, t), a.u.channel, count);
             const int64_t next = walk.t(std::max<int64_t>(0, std::min(i + ahead, a.length - 1)));
             for (const Strided* from : {&a.delta, &a.u, &a.z})
@@ -112,7 +112,7 @@ template <typename T, typename S, int FIXED> void forward(const Args& a) {
                         V even = {}, odd = {};  // two sums, so that additions don't wait for each other
 #pragma GCC unroll 16
                         for (int64_t n = 0; n < N; ++n) {
-                            h[n] = vexp2(dt * A_k[n]) * h[n] + dx * B[n];
+                            h[n] = vexp2<rough<T>>(dt * A_k[n]) * h[n] + dx * B[n];
                             (n % 2 ? odd : even) += h[n] * C[n];
                         }
                         y[j] = even + odd;
@@ -125,7 +125,7 @@ template <typename T, typename S, int FIXED> void forward(const Args& a) {
                         V out = y[j] + D * steps.x[j];
                         if (a.z.data) {
                             const V z = load<T, S>(a.z.at<T>(g, b, d, t), a.z.channel, count);
-                            out *= z * sigmoid(z);
+                            out *= z * sigmoid<rough<T>>(z);
                         }
                         T* to = a.out.at<T>(0, b, d, t);
                         if (g) out += load<T, S>(to, a.out.channel, count);
@@ -178,7 +178,7 @@ template <typename T, typename S, int FIXED> void backward(const Args& a) {
                     y[j] = D * steps.x[j];
 #pragma GCC unroll 4
                     for (int64_t n = 0; n < N; ++n) {
-                        decay[j * N + n] = vexp2(dt * A_k[n]);
+                        decay[j * N + n] = vexp2<rough<T>>(dt * A_k[n]);
                         h[(j + 1) * N + n] = decay[j * N + n] * h[j * N + n] + dx * B[n];
                         y[j] += h[(j + 1) * N + n] * C[n];
                     }
@@ -188,7 +188,7 @@ template <typename T, typename S, int FIXED> void backward(const Args& a) {
                     const int64_t t = walk.t(i), j = i - begin;
                     dy[j] = load<T, S>(a.dout.at<T>(0, b, d, t), a.dout.channel, count);
                     if (!a.z.data) continue;
-                    const V z = load<T, S>(a.z.at<T>(g, b, d, t), a.z.channel, count), gate = sigmoid(z);
+                    const V z = load<T, S>(a.z.at<T>(g, b, d, t), a.z.channel, count), gate = sigmoid<rough<T>>(z);
                     store<T, S>(a.dz.at<T>(g, b, d, t), a.dz.channel, count, dy[j] * y[j] * gate * (1 + z * (1 - gate)));
                     dy[j] *= z * gate;
                 }
@@ -216,7 +216,7 @@ template <typename T, typename S, int FIXED> void backward(const Args& a) {
                     const int64_t t = walk.t(i), j = i - begin;
                     const V x = steps.x[j];
                     V ddt = into_dt[j] * (S)LN2 + into_x[j] * x;
-                    if (a.softplus) ddt *= sigmoid(steps.raw[j]);
+                    if (a.softplus) ddt *= sigmoid<rough<T>>(steps.raw[j]);
                     dD[o] += dy[j] * x;
                     dbias[o] += ddt;
                     store<T, S>(a.du.at<T>(g, b, d, t), a.du.channel, count, D * dy[j] + into_x[j] * steps.dt[j]);

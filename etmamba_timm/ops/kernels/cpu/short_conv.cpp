@@ -41,20 +41,24 @@ inline Vec<S> convolve(const Args& a, const Segment& s, int64_t i, int64_t d, in
 // has three before it: each vector of x and of the weights is read once.
 template <typename T, typename S> int64_t forward_four(const Args& a, const Segment& s, int64_t i) {
     constexpr int64_t W = Lanes<S>::W;
-    const T* x[7];
+    const T *x[7], *next[4];
     T* out[4];
     for (int64_t k = 0; k < 7; ++k) x[k] = a.x.at<T>(s.g, s.b, 0, s.t(i + k - 3));
-    for (int64_t k = 0; k < 4; ++k) out[k] = a.out.at<T>(s.g, s.b, 0, s.t(i + k));
+    for (int64_t k = 0; k < 4; ++k) {
+        out[k] = a.out.at<T>(s.g, s.b, 0, s.t(i + k));
+        next[k] = a.x.at<T>(s.g, s.b, 0, s.t(std::min(i + 4 + k, a.length - 1)));
+    }
     const S *weight = (S*)a.weight, *bias = (S*)a.bias;
     int64_t d = 0;
     for (; d + W <= a.width; d += W) {
         Vec<S> v[7], w[4];
         for (int64_t k = 0; k < 7; ++k) v[k] = load_row<T, S>(x[k] + d);
         for (int64_t k = 0; k < 4; ++k) w[k] = load_row<S, S>(weight + k * a.width + d);
+        for (int64_t k = 0; k < 4; ++k) __builtin_prefetch(next[k] + d, 0, 2);  // rows are too far apart for the processor
         const Vec<S> b = load_row<S, S>(bias + d);
         for (int64_t k = 0; k < 4; ++k) {
             const Vec<S> y = b + v[k] * w[0] + v[k + 1] * w[1] + v[k + 2] * w[2] + v[k + 3] * w[3];
-            store_row<T, S>(out[k] + d, y * sigmoid(y));
+            store_row<T, S>(out[k] + d, y * sigmoid<rough<T>>(y));
         }
     }
     return d;
@@ -72,7 +76,7 @@ template <typename T, typename S> void forward(const Args& a) {
                 for (int64_t d = done; d < a.width; d += Lanes<S>::W) {
                     const int count = (int)std::min<int64_t>(Lanes<S>::W, a.width - d);
                     const Vec<S> y = convolve<T, S>(a, s, i, d, count);
-                    store<T, S>(a.out.at<T>(s.g, s.b, d, s.t(i)), a.out.channel, count, y * sigmoid(y));
+                    store<T, S>(a.out.at<T>(s.g, s.b, d, s.t(i)), a.out.channel, count, y * sigmoid<rough<T>>(y));
                 }
         }
     });
@@ -88,7 +92,7 @@ template <typename T, typename S> void backward(const Args& a) {
             const int count = (int)std::min<int64_t>(Lanes<S>::W, a.width - d);
             const int64_t known = std::min(s.end + reach, a.length) - s.begin;  // steps after the segment need its x
             for (int64_t j = 0; j < known; ++j) {
-                const V y = convolve<T, S>(a, s, s.begin + j, d, count), gate = sigmoid(y);
+                const V y = convolve<T, S>(a, s, s.begin + j, d, count), gate = sigmoid<rough<T>>(y);
                 const V dout = load<T, S>(a.dout.at<T>(s.g, s.b, d, s.t(s.begin + j)), a.dout.channel, count);
                 dy[j] = dout * gate * (1 + y * (1 - gate));
             }

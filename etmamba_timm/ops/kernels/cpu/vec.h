@@ -45,6 +45,9 @@ template <typename S> using Vec = typename Lanes<S>::vec;
 
 // ---- elementary functions
 
+// Results that are rounded to 16 bits don't need float's accuracy: ROUGH functions have shorter polynomials.
+template <typename T> constexpr bool rough = sizeof(T) == 2;
+
 #if defined(__AVX512F__)
 inline Vec<float> vmax(Vec<float> a, Vec<float> b) { return _mm512_max_ps(a, b); }
 inline Vec<float> vmin(Vec<float> a, Vec<float> b) { return _mm512_min_ps(a, b); }
@@ -56,7 +59,9 @@ inline Vec<float> vmax(Vec<float> a, Vec<float> b) { return a > b ? a : b; }
 inline Vec<float> vmin(Vec<float> a, Vec<float> b) { return a < b ? a : b; }
 #endif
 
-inline Vec<float> vexp2(Vec<float> x) {  // relative error 2e-7 within the range of normal numbers; exactly 1 at 0
+// Exactly 1 at 0, with a relative error of 2e-7 within the range of normal numbers. ROUGH: of 2e-4, and within ±0.5 one
+// of 5e-4 in 2^x - 1, which is what decays the states of a scan.
+template <bool ROUGH = false> inline Vec<float> vexp2(Vec<float> x) {
 #if defined(__AVX512F__)
     const Vec<float> nearest = _mm512_roundscale_ps(x, 0), r = x - nearest;
 #else
@@ -64,10 +69,16 @@ inline Vec<float> vexp2(Vec<float> x) {  // relative error 2e-7 within the range
     x = vmin(Vec<float>{} + 127.f, vmax(Vec<float>{} - 126.f, x));
     const Vec<float> shifted = x + magic, r = x - (shifted - magic);
 #endif
-    Vec<float> p = r * 1.3264727e-3f + 9.6715126e-3f;  // minimax for 2^r within ±0.5
-    p = p * r + 5.5507337e-2f;
-    p = p * r + 2.4022242e-1f;
-    p = p * r + 6.9314698e-1f;
+    Vec<float> p;  // minimax for 2^r within ±0.5; ROUGH: for (2^r - 1) / r
+    if constexpr (ROUGH) {
+        p = r * 5.550396e-2f + 2.4202886e-1f;
+        p = p * r + 6.931783e-1f;
+    } else {
+        p = r * 1.3264727e-3f + 9.6715126e-3f;
+        p = p * r + 5.5507337e-2f;
+        p = p * r + 2.4022242e-1f;
+        p = p * r + 6.9314698e-1f;
+    }
     p = p * r + 1.f;
 #if defined(__AVX512F__)
     return _mm512_scalef_ps(p, nearest);
@@ -76,34 +87,45 @@ inline Vec<float> vexp2(Vec<float> x) {  // relative error 2e-7 within the range
 #endif
 }
 
-inline Vec<double> vexp2(Vec<double> x) {
+template <bool ROUGH = false> inline Vec<double> vexp2(Vec<double> x) {
     for (int w = 0; w < Lanes<double>::W; ++w) x[w] = std::exp2(x[w]);
     return x;
 }
 
 constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
 
-inline Vec<float> vexp(Vec<float> x) { return vexp2(x * (float)LOG2E); }  // relative error about |x|·1e-7
+template <bool ROUGH = false> inline Vec<float> vexp(Vec<float> x) {  // relative error about |x|·1e-7; ROUGH: 2e-4
+    return vexp2<ROUGH>(x * (float)LOG2E);
+}
 
-inline Vec<double> vexp(Vec<double> x) {
+template <bool ROUGH = false> inline Vec<double> vexp(Vec<double> x) {
     for (int w = 0; w < Lanes<double>::W; ++w) x[w] = std::exp(x[w]);
     return x;
 }
 
-inline Vec<float> softplus(Vec<float> x) {  // log(1 + e^x); the relative error is small even where e^x is
-    const Vec<float> zero = {}, w = vexp(x > 0 ? -x : x);  // max(x, 0) + log(1 + w)
-    Vec<float> p = w * 5.36482505e-03f - 3.00657952e-02f;  // minimax for log(1 + w) / w within [0, 1]
-    p = p * w + 7.92045402e-02f;
-    p = p * w - 1.37538027e-01f;
-    p = p * w + 1.91536551e-01f;
-    p = p * w - 2.48571637e-01f;
-    p = p * w + 3.33213226e-01f;
-    p = p * w - 4.99996480e-01f;
-    p = p * w + 1.f;
+// log(1 + e^x); the relative error is small even where e^x is
+template <bool ROUGH = false> inline Vec<float> softplus(Vec<float> x) {
+    const Vec<float> zero = {}, w = vexp<ROUGH>(x > 0 ? -x : x);  // max(x, 0) + log(1 + w)
+    Vec<float> p;  // minimax for log(1 + w) / w within [0, 1]
+    if constexpr (ROUGH) {
+        p = w * 4.13473e-2f - 1.5742721e-1f;
+        p = p * w + 3.0630093e-1f;
+        p = p * w - 4.9697781e-1f;
+        p = p * w + 9.9994328e-1f;
+    } else {
+        p = w * 5.36482505e-03f - 3.00657952e-02f;
+        p = p * w + 7.92045402e-02f;
+        p = p * w - 1.37538027e-01f;
+        p = p * w + 1.91536551e-01f;
+        p = p * w - 2.48571637e-01f;
+        p = p * w + 3.33213226e-01f;
+        p = p * w - 4.99996480e-01f;
+        p = p * w + 1.f;
+    }
     return vmax(x, zero) + w * p;
 }
 
-inline Vec<double> softplus(Vec<double> x) {
+template <bool ROUGH = false> inline Vec<double> softplus(Vec<double> x) {
     for (int w = 0; w < Lanes<double>::W; ++w) x[w] = x[w] > 20 ? x[w] : std::log1p(std::exp(x[w]));
     return x;
 }
@@ -119,7 +141,7 @@ inline Vec<float> reciprocal(Vec<float> x) {  // of numbers that are not subnorm
 #endif
 }
 
-template <typename V> inline V sigmoid(V x) { return reciprocal(1 + vexp(-x)); }
+template <bool ROUGH = false, typename V> inline V sigmoid(V x) { return reciprocal(1 + vexp<ROUGH>(-x)); }
 
 // ---- memory: tensors in T, arithmetic in S
 
@@ -182,6 +204,11 @@ template <typename T, typename S> inline Vec<S> load_row(const T* p) {
 template <typename T, typename S> inline void store_row(T* p, Vec<S> v) {
     if constexpr (std::is_same_v<T, S>) {
         std::memcpy(p, &v, sizeof(v));
+#if defined(__AVX512BF16__)
+    } else if constexpr (std::is_same_v<T, bfloat16>) {
+        const __m256bh half = _mm512_cvtneps_pbh(v);  // to nearest even; subnormal numbers become 0
+        std::memcpy(p, &half, sizeof(half));
+#endif
     } else if constexpr (std::is_same_v<T, bfloat16>) {
         Lanes<float>::uvec bits = (Lanes<float>::uvec)v;
         bits = (v != v) ? Lanes<float>::uvec{} + 0x7fc00000u : bits + 0x7fff + (bits >> 16 & 1);  // to nearest even

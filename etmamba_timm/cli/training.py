@@ -31,6 +31,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     add_dataset(train)
     train.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="the run's folder")
     train.add_argument("--save-updates", type=positive, default=500, metavar="N", help="save the state every N updates")
+    text = "where the logs go too: tensorboard (default), wandb, mlflow, ... (accelerate's names)"
+    train.add_argument("--trackers", nargs="+", default=["tensorboard"], metavar="NAME", help=text)
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("eval", help="measure a model's accuracy on a dataset of videos")
@@ -72,6 +74,7 @@ def _train(args: argparse.Namespace) -> int:
         workers=args.workers,
         save_updates=args.save_updates,
         progress=sys.stderr.isatty(),
+        trackers=args.trackers,
     )
     if is_ours and dist.is_initialized():
         dist.destroy_process_group()

@@ -27,9 +27,10 @@ MOST_BYTES = 2**27  # of frames as decoded, in memory at a time; one clip may ha
 class TrainClips(Dataset):
     """One random clip per video: {'clip': float32 [C, T, H, W], 'label': int, 'index': int}.
 
-    Random choices depend only on `seed`, `epoch` and the video's index, not on the workers or the order of access. A
-    video that can't be decoded is logged once and replaced by the next one that can, with that one's label and index,
-    so batches keep their size.
+    Random choices depend only on `seed`, `epoch` and the item's number, not on the workers or the order of access. With
+    n videos, items i + n, i + 2n, ... are further clips of video i in the same epoch; 'index' is the video's. A video
+    that can't be decoded is logged once and replaced by the next one that can, with that one's label and index, so
+    batches keep their size.
 
     Args:
         annotations: the videos.
@@ -52,10 +53,11 @@ class TrainClips(Dataset):
         return len(self.annotations.samples)
 
     def __getitem__(self, index: int) -> dict:
+        again = index // len(self)
         tries = [(index + i) % len(self) for i in range(min(len(self), MOST_FAILURES))]
         for i in tries:
             path, label = self.annotations.samples[i]
-            with seeded(self.seed, self.epoch, i):
+            with seeded(self.seed, self.epoch, i, again):  # NumPy's seeds are the same without a last 0
                 try:
                     reader = VideoReader(path)
                     frames = reader.read(draw_clip(self.clip, reader.info.num_frames, random.Random(random.random())))
@@ -63,7 +65,7 @@ class TrainClips(Dataset):
                     _log_failure(self._failed, i, error)
                     continue
                 return {"clip": self.transform(frames), "label": label, "index": i}
-        path = self.annotations.samples[index][0]
+        path = self.annotations.samples[tries[0]][0]
         raise VideoError(
             f"{path}: {len(tries)} videos in a row, starting with this one, can't be decoded; check the dataset"
         )

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from tqdm import tqdm
 from ..data import EvalClips, VideoError
 from ..files import whole_file
 from ..views import mean_over_views
+from .progress import Timer
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def evaluate(
         batch_size: clips per forward pass.
         workers: decoding processes, per process.
         dtype: autocast's dtype; None for no autocast.
-        progress: whether to show a progress bar.
+        progress: whether to show a progress bar; without, lines are logged.
 
     Returns: the scores.
 
@@ -159,7 +163,7 @@ def over_videos(
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     own = range(rank, len(videos), processes)
     rows: list[tuple[int, Tensor]] = []
-    was_training = model.training
+    was_training, timer = model.training, Timer()
     model.eval()
     try:
         results = mean_over_views(
@@ -167,7 +171,9 @@ def over_videos(
         )
         bar = tqdm(results, "videos", len(own), leave=False, disable=None if progress and rank == 0 else True)
         with contextlib.closing(results):  # ends the workers
-            for index, result in zip(own, bar, strict=True):
+            for number, (index, result) in enumerate(zip(own, bar, strict=True)):
+                if not progress and rank == 0 and timer.is_due():
+                    _logger.info("evaluation: %d of %d videos", number * processes, len(videos))
                 if isinstance(result, VideoError):
                     videos.leave_out(index, result)
                 elif isinstance(result, Exception):

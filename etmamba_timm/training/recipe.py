@@ -44,6 +44,8 @@ class Recipe:
             whole video.
         size: height and width of a clip, in pixels; one number for a square.
         epochs, warmup_epochs: number of epochs, and how many of them are warm-up (may be a fraction).
+        balance: how far rare classes are drawn more often: 0 draws each video once an epoch, 1 each class equally
+            often; a class's frequency counts to the power of -balance.
         batch_size: clips per update and process.
         accumulate: number of parts that a batch is split into (gradient accumulation), to save memory.
         opt, opt_args: timm's name of the optimiser, and further arguments of timm's `create_optimizer_v2`.
@@ -79,6 +81,7 @@ class Recipe:
     size: int | tuple[int, int] = 224
     epochs: int = 30
     warmup_epochs: float = 1
+    balance: float = 0.0
     batch_size: int = 64
     accumulate: int = 1
     opt: str = "adamw"
@@ -128,7 +131,7 @@ class Recipe:
         for name in ("warmup_epochs", "seed", "grad_checkpointing", *rates):
             if not getattr(self, name) >= 0:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must be 0 or more")
-        for name in ("drop_path", "drop", "label_smoothing", "flip", "erasing", "ema", "layer_decay"):
+        for name in ("drop_path", "drop", "label_smoothing", "flip", "erasing", "ema", "layer_decay", "balance"):
             if not 0 <= getattr(self, name) <= 1:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
         if self.layer_decay == 0:

@@ -2,17 +2,17 @@
 
 import csv
 import json
+import logging
 import os
 import shutil
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from safetensors.torch import save
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+_logger = logging.getLogger(__name__)
 
 RUN_FILE, RECIPE_FILE = "run.json", "recipe.yaml"
 TRAIN_LOG, VAL_LOG = "train.csv", "val.csv"
@@ -27,12 +27,13 @@ class RunError(ValueError):
 class RunFolder:
     """The files of a run in the folder `path`. All but the logs are written under a temporary name and then renamed.
 
-    recipe.yaml, run.json   the recipe, and everything that must be the same to resume the run
+    recipe.yaml, run.json   the recipe, and everything that must be the same to resume the run (but for more epochs)
     state-<update>/         accelerate's state after that many updates; only the latest is kept
     train.csv, val.csv      the logs, also in tensorboard/
     last.safetensors        the weights at the last evaluation; best.safetensors: at the best one
     scores.safetensors      the scores of the final evaluation
-    model/                  the trained model in the Hub's layout; written last, so it marks the run as finished
+    model/                  the trained model in the Hub's layout, written last; with the scores it marks the run as
+                            finished. Of a run that goes on, it is the earlier one.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -44,6 +45,8 @@ class RunFolder:
     def open(self, run: Mapping, recipe: str) -> None:
         """Creates the folder, or checks that it contains this run. A run that failed before it started is replaced.
 
+        A run with more epochs than before, and otherwise the same, goes on; if it was finished, it no longer is.
+
         Args:
             run: everything that must be the same to resume the run; JSON.
             recipe: the text of the recipe.
@@ -52,15 +55,19 @@ class RunFolder:
             RunError: the folder contains another run, or other files.
         """
         run = json.loads(json.dumps(run))  # tuples become lists
-        file = self / RUN_FILE
+        file, identifier = self / RUN_FILE, uuid.uuid4().hex
         names = set(os.listdir(self.path)) if self.path.is_dir() else set()
         started = bool(names - {name for own in (RUN_FILE, RECIPE_FILE) for name in (own, "." + own)})
         if file.exists():
             known = json.loads(file.read_text(encoding="utf-8"))
+            identifier = known.pop("id", identifier)
             differing = sorted(key for key in known.keys() | run.keys() if known.get(key) != run.get(key))
             if not differing:
                 return
-            if started:
+            if started and differing == ["epochs"] and run["epochs"] > known["epochs"]:
+                _logger.info("%s goes on, for %d epochs instead of %d", self.path, run["epochs"], known["epochs"])
+                (self / SCORES).unlink(missing_ok=True)
+            elif started:
                 changes = "; ".join(
                     f"{key}: {known.get(key)!r:.80} there, {run.get(key)!r:.80} now" for key in differing
                 )
@@ -69,7 +76,16 @@ class RunFolder:
             raise RunError(f"{self.path} exists and contains no run; choose a new or empty folder")
         self.path.mkdir(parents=True, exist_ok=True)
         _write(self / RECIPE_FILE, recipe)
-        _write(file, json.dumps(run, indent=1))
+        _write(file, json.dumps({"id": identifier, **run}, indent=1))
+
+    @property
+    def id(self) -> str | None:
+        """A name for trackers, which no other run has; None for a run of an earlier version."""
+        return json.loads((self / RUN_FILE).read_text(encoding="utf-8")).get("id")
+
+    def is_finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return (self / MODEL).exists() and (self / SCORES).exists()
 
     def states(self) -> list[Path]:
         """Saved states, latest first."""
@@ -87,6 +103,12 @@ class RunFolder:
         os.replace(self.draft(update), target)
         for old in self.states()[1:]:
             shutil.rmtree(old, ignore_errors=True)
+
+    def drop_model(self) -> None:
+        """Deletes the model of a run with fewer epochs, if there is one."""
+        if (self / MODEL).exists():
+            os.replace(self / MODEL, self / f".{MODEL}-old")
+            self.tidy()
 
     def tidy(self) -> None:
         """Deletes unfinished files of a killed process."""
@@ -108,17 +130,17 @@ class RunFolder:
 
 
 class Log:
-    """A log in a CSV file and on TensorBoard.
+    """A log in a CSV file and in trackers.
 
     Args:
         path: the CSV file. Rows after `update`, left by a killed process, are removed.
         columns: its columns, including 'update'.
-        writer: TensorBoard's writer.
+        track: receives each row's other values by name, and the update as `step`; `Accelerator.log`.
         update: the number of updates so far.
     """
 
-    def __init__(self, path: Path, columns: tuple[str, ...], writer: "SummaryWriter", update: int) -> None:
-        self.columns, self.writer, self.prefix = columns, writer, path.stem
+    def __init__(self, path: Path, columns: tuple[str, ...], track: Callable[..., None], update: int) -> None:
+        self.columns, self.track, self.prefix = columns, track, path.stem
         rows = []
         if path.exists():
             with path.open(newline="") as file:
@@ -135,9 +157,8 @@ class Log:
     def add(self, **row: float) -> None:
         """Adds a row; `row` has a value for each column."""
         csv.DictWriter(self.file, self.columns).writerow({k: _short(row[k]) for k in self.columns})
-        for name, value in row.items():
-            if name != "update":
-                self.writer.add_scalar(f"{self.prefix}/{name}", value, row["update"])
+        values = {f"{self.prefix}/{name}": value for name, value in row.items() if name != "update"}
+        self.track(values, step=row["update"])
 
 
 def _short(value: float) -> str:

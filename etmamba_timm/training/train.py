@@ -12,7 +12,7 @@ import copy
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import cast
@@ -21,6 +21,7 @@ import timm
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
+from accelerate.utils import ProjectConfiguration
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import Mixup
@@ -28,20 +29,21 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ..checkpoints.card import model_card
 from ..checkpoints.save import save_checkpoint
-from ..data import Annotations, EvalClips, EvalTransform, TrainClips, TrainTransform, collate
+from ..data import Annotations
 from ..data.dataset import seeded
 from ..models import EtMamba
+from .card import run_card
 from .evaluate import Scores, evaluate
+from .loading import batches, datasets
 from .optimizer import average, new_optimizer, new_scheduler, step_if
-from .progress import Progress
+from .progress import Pace, Progress, Timer
 from .recipe import Recipe
 from .run_folder import BEST_WEIGHTS, LAST_WEIGHTS, MODEL, SCORES, TENSORBOARD, TRAIN_LOG, VAL_LOG, Log, RunFolder
+from .trackers import check_trackers, start_trackers
 
 _logger = logging.getLogger(__name__)
 
@@ -65,8 +67,12 @@ def train(
     workers: int = 2,
     save_updates: int = 500,
     progress: bool = False,
+    trackers: Sequence[str] = ("tensorboard",),
 ) -> dict[str, float]:
     """Trains a model, or resumes an interrupted run. Call it in each of accelerate's processes.
+
+    A run of the same folder and settings with more epochs goes on from its last state. Its learning rate then follows
+    the schedule of all these epochs, so it isn't the run that would have had them from the start.
 
     Args:
         recipe: the settings.
@@ -75,22 +81,26 @@ def train(
         folder: the run's folder (see `RunFolder`), shared by all processes.
         workers: decoding processes, per process.
         save_updates: number of updates between saved states; the state is also saved after each epoch.
-        progress: whether to show progress bars.
+        progress: whether to show progress bars; without, lines are logged.
+        trackers: accelerate's names of the trackers that the logs also go to.
 
     Returns: metrics (see `Scores.metrics`) of the best epoch's weights on `val_set`, with the recipe's views.
 
     Raises:
         RunError: the folder contains something else.
         TrainingError: too few videos, incompatible settings, gradients that stay infinite, or a full disk.
+        ValueError: an unknown tracker, or one that isn't installed.
     """
-    accelerator = Accelerator(mixed_precision=recipe.precision)
+    check_trackers(trackers)
     run = RunFolder(folder)
+    logs = ProjectConfiguration(logging_dir=str(run / TENSORBOARD))
+    accelerator = Accelerator(mixed_precision=recipe.precision, log_with=list(trackers), project_config=logs)
     try:
         _check(recipe, train_set, val_set, accelerator)
         with accelerator.main_process_first():
             run.open(_identity(recipe, train_set, val_set, accelerator), recipe.to_yaml())
         accelerator.wait_for_everyone()
-        if (run / MODEL).exists():
+        if run.is_finished():
             _logger.info("%s is already finished", run.path)
         else:
             _Training(recipe, train_set, val_set, run, accelerator, workers, save_updates, progress).run_to_end()
@@ -120,12 +130,13 @@ class _Training:
         self.show_bars = progress and self.is_main
         self.update_clips = recipe.batch_size * accelerator.num_processes
         self.epoch_updates = len(train_set.samples) // self.update_clips
+        self.all_updates = recipe.epochs * self.epoch_updates
 
         torch.manual_seed(recipe.seed)
         self.eval_model = build_model(recipe, train_set.classes)
         model = copy.deepcopy(self.eval_model)
         self.eval_model.to(accelerator.device)
-        self.data, self.val = _datasets(recipe, self.eval_model, train_set, val_set)
+        self.data, self.val = datasets(recipe, self.eval_model, train_set, val_set)
         model.set_grad_checkpointing(recipe.grad_checkpointing > 0, every=max(1, recipe.grad_checkpointing))
         if recipe.freeze_backbone:
             model.requires_grad_(False).get_classifier().requires_grad_(True)
@@ -140,7 +151,7 @@ class _Training:
         if recipe.compile:  # in place, so that names of weights don't change
             self.model.compile()
             self.eval_model.compile(dynamic=True)  # the last batch may be smaller
-        self.progress = Progress(accelerator.device)
+        self.progress, self.pace, self.timer = Progress(accelerator.device), Pace(), Timer()
         accelerator.register_for_checkpointing(self.progress, *([self.ema] if self.ema else []))
 
     def run_to_end(self) -> None:
@@ -151,12 +162,12 @@ class _Training:
         self.scheduler.step_update(self.progress.update)
         if self.is_main:
             self.run.tidy()
-            self.writer = SummaryWriter(str(self.run / TENSORBOARD), purge_step=self.progress.update + 1)
-            self.log = Log(self.run / TRAIN_LOG, TRAIN_COLUMNS, self.writer, self.progress.update)
-            self.val_log = Log(self.run / VAL_LOG, VAL_COLUMNS, self.writer, self.progress.update)
+            start_trackers(self.accelerator, self.run, self.progress.update, asdict(self.recipe))
+            self.log = Log(self.run / TRAIN_LOG, TRAIN_COLUMNS, self.accelerator.log, self.progress.update)
+            self.val_log = Log(self.run / VAL_LOG, VAL_COLUMNS, self.accelerator.log, self.progress.update)
         for epoch in range(self.progress.update // self.epoch_updates, self.recipe.epochs):
             self.epoch(epoch)
-            if (epoch + 1) % self.recipe.eval_epochs == 0 or epoch + 1 == self.recipe.epochs:
+            if self.is_evaluated(epoch):
                 self.validate(epoch)
             self.save()
         self.finish()
@@ -173,33 +184,62 @@ class _Training:
             desc=f"epoch {epoch + 1}/{self.recipe.epochs}",
             disable=not self.show_bars,
         )
-        start, since = time.perf_counter(), self.progress.update
+        self.pace.start()
+        row_start, row_first = time.perf_counter(), self.progress.update
         for _ in bar:
             rate = max(group["lr"] for group in self.optimizer.param_groups)
             self.update(batches)
-            if self.progress.update % LOG_UPDATES == 0:
-                counted = self.read()
+            self.pace.count()
+            if self.is_main and not self.show_bars and self.pace.updates_per_second and self.timer.is_due():
+                self.tell(epoch, rate)
+            if self.progress.update % LOG_UPDATES == 0 or self.progress.update == self.all_updates:
                 now = time.perf_counter()
-                if skipped := LOG_UPDATES - int(counted["counted"]):
-                    said = "%d of the %d updates before update %d were skipped: their gradients weren't finite"
-                    _logger.warning(said, skipped, LOG_UPDATES, self.progress.update + 1)
-                loss = counted["losses"] / max(1, counted["counted"])
-                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-                if self.is_main:
-                    self.log.add(
-                        update=self.progress.update,
-                        epoch=epoch,
-                        lr=rate,
-                        loss=loss,
-                        grad_norm=counted["norms"] / max(1, counted["counted"]),
-                        skipped=counted["skipped"],
-                        replaced=self.progress.replaced,
-                        clips_per_second=(self.progress.update - since) * self.update_clips / (now - start),
-                    )
-                start, since = now, self.progress.update
-                self.progress.start_row()
+                loss = self.row(epoch, rate, (self.progress.update - row_first) * self.update_clips / (now - row_start))
+                bar.set_postfix(loss=f"{loss:.3f}", all=self.left(epoch), refresh=False)
+                row_start, row_first = now, self.progress.update
             if self.progress.update % self.save_updates == 0 and self.progress.update % self.epoch_updates:
                 self.save()
+
+    def row(self, epoch: int, rate: float, clips_per_second: float) -> float:
+        """Writes a row of the log, over the updates since the one before; returns the mean loss."""
+        counted, updates = self.read(), self.progress.update - self.progress.row
+        if skipped := updates - int(counted["counted"]):
+            said = "%d of the %d updates before update %d were skipped: their gradients weren't finite"
+            _logger.warning(said, skipped, updates, self.progress.update + 1)
+        loss = counted["losses"] / max(1, counted["counted"])
+        if self.is_main:
+            self.log.add(
+                update=self.progress.update,
+                epoch=epoch,
+                lr=rate,
+                loss=loss,
+                grad_norm=counted["norms"] / max(1, counted["counted"]),
+                skipped=counted["skipped"],
+                replaced=self.progress.replaced,
+                clips_per_second=clips_per_second,
+            )
+        self.progress.start_row()
+        return loss
+
+    def tell(self, epoch: int, rate: float) -> None:
+        """Logs a line for those who watch without a terminal; the device has to finish its work for it."""
+        counted = self.progress.read()
+        _logger.info(
+            "epoch %d/%d, update %d/%d: loss %.3f, rate %.2e, %.3g clips/s, %s",
+            *(epoch + 1, self.recipe.epochs, self.progress.update, self.all_updates),
+            *(counted["losses"] / max(1, counted["counted"]), rate),
+            *(self.pace.updates_per_second * self.update_clips, self.left(epoch)),
+        )
+
+    def left(self, epoch: int) -> str:
+        """How long the rest of the run takes, in words."""
+        recipe = self.recipe
+        evaluations = sum(map(self.is_evaluated, range(epoch, recipe.epochs))) + recipe.num_clips * recipe.num_crops
+        return self.pace.left(self.all_updates - self.progress.update, evaluations)
+
+    def is_evaluated(self, epoch: int) -> bool:
+        """Whether there is an evaluation after an epoch."""
+        return (epoch + 1) % self.recipe.eval_epochs == 0 or epoch + 1 == self.recipe.epochs
 
     def update(self, batches: Iterator[dict]) -> None:
         """Updates the weights once. The host doesn't wait for the device, unless the optimiser needs it (`step_if`)."""
@@ -249,25 +289,18 @@ class _Training:
         return clips.unflatten(1, (-1, recipe.num_frames)), target
 
     def batches(self, epoch: int, first: int) -> Iterator[dict]:
-        """This process's batches of an epoch, from update `first` on; 'replaced' counts replaced clips."""
-        recipe, accelerator = self.recipe, self.accelerator
-        self.data.epoch = epoch
-        sampler: DistributedSampler[int] = DistributedSampler(
-            self.data, accelerator.num_processes, accelerator.process_index, seed=recipe.seed, drop_last=True
-        )
-        sampler.set_epoch(epoch)
-        batches = list(BatchSampler(sampler, recipe.batch_size // recipe.accumulate, drop_last=True))
-        batches = batches[first * recipe.accumulate :]
-        loader = DataLoader(
+        """This process's batches of an epoch, from update `first` on; see `loading.batches`."""
+        accelerator = self.accelerator
+        return batches(
             self.data,
-            batch_sampler=batches,
-            num_workers=self.workers,
-            collate_fn=collate,
+            self.recipe,
+            epoch,
+            first,
+            process=accelerator.process_index,
+            processes=accelerator.num_processes,
+            workers=self.workers,
             pin_memory=accelerator.device.type == "cuda",
-            generator=torch.Generator(),  # so that the global one isn't used
         )
-        for indices, batch in zip(batches, loader, strict=True):
-            yield batch | {"replaced": int((batch["index"] != torch.tensor(indices)).sum())}
 
     def validate(self, epoch: int) -> None:
         """Evaluates the current weights with one view per video, and keeps them if they are the best so far."""
@@ -275,7 +308,9 @@ class _Training:
         weights = self.ema.module.state_dict() if self.ema else get_model_state_dict(self.model, options=full)
         if self.is_main:
             self.run.save_weights(LAST_WEIGHTS, cast(Mapping[str, Tensor], weights))
+        start = time.perf_counter()
         metrics = self.scores(LAST_WEIGHTS).metrics()
+        self.pace.count_evaluation(time.perf_counter() - start)
         is_best = metrics["top1"] > self.progress.best
         if is_best:
             self.progress.best, self.progress.best_epoch = metrics["top1"], epoch
@@ -327,9 +362,12 @@ class _Training:
         scores = self.scores(BEST_WEIGHTS)
         if not self.is_main:
             return
-        self.writer.close()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.run.drop_model()
         scores.save(self.run / SCORES)
-        card = _card(self.recipe, self.accelerator.num_processes, self.progress, len(self.data), scores.metrics())
+        processes, best_epoch = self.accelerator.num_processes, self.progress.best_epoch
+        card = run_card(self.recipe, processes, best_epoch, len(self.data), scores.metrics())
         params = sum(p.numel() for p in self.eval_model.parameters())
         save_checkpoint(
             self.eval_model,
@@ -364,23 +402,6 @@ def build_model(recipe: Recipe, classes: list[str]) -> EtMamba:
     if not isinstance(model, EtMamba):
         raise TrainingError(f"model {recipe.model!r} isn't a model of this package; `etmamba info` lists them")
     return model
-
-
-def _datasets(
-    recipe: Recipe, model: EtMamba, train_set: Annotations, val_set: Annotations
-) -> tuple[TrainClips, EvalClips]:
-    evaluation = EvalTransform.from_model(model, size=model.img_size)
-    training = TrainTransform(
-        size=model.img_size,
-        mean=evaluation.mean,
-        std=evaluation.std,
-        scale=recipe.scale,
-        ratio=recipe.ratio,
-        flip=recipe.flip,
-        rand_augment=recipe.rand_augment,
-        erasing=recipe.erasing,
-    )
-    return TrainClips(train_set, training, recipe.clip, recipe.seed), EvalClips(val_set, evaluation, recipe.clip)
 
 
 def _criterion(recipe: Recipe, num_classes: int) -> tuple[Mixup | None, nn.Module]:
@@ -427,26 +448,3 @@ def _identity(recipe: Recipe, train_set: Annotations, val_set: Annotations, acce
 def _seed(*seeds: int) -> int:
     with seeded(*seeds):
         return torch.initial_seed()
-
-
-def _card(recipe: Recipe, processes: int, progress: Progress, videos: int, metrics: dict[str, float]) -> dict:
-    """The block of config.json for the model card."""
-    names = (("top-1", "top1"), ("top-5", "top5"), ("mean class accuracy", "mean_class"))
-    common = {
-        "dataset": f"{metrics['videos']} validation videos ({recipe.dataset})",
-        "views": {"frames": recipe.num_frames, "crops": recipe.num_crops, "clips": recipe.num_clips},
-        "whose": "measured here",
-    }
-    return {
-        "source": f"trained from {_start(recipe)} on {videos:,} videos ({recipe.dataset})",
-        "recipe": asdict(recipe) | {"checkpoint": Path(recipe.checkpoint).name, "processes": processes},
-        "figures": [common | {"metric": name, "value": round(100 * metrics[key], 2)} for name, key in names],
-        "notes": f"The weights are those after epoch {progress.best_epoch + 1} of {recipe.epochs}, the best on these "
-        "videos with one view each, so the accuracy is slightly optimistic; a separate test set would be fairer.",
-    }
-
-
-def _start(recipe: Recipe) -> str:
-    if recipe.checkpoint:
-        return Path(recipe.checkpoint).name
-    return f"the weights of {recipe.model}" if recipe.pretrained else "scratch"

@@ -50,6 +50,10 @@ def test_training_clips_depend_on_seed_epoch_and_index_alone(annotations):
         seen.add(tuple(data[0]["clip"].flatten().tolist()))
     assert len(seen) > 5
     assert TrainClips(annotations, as_numbers, Clip(4, 2), seed=1)[0]["clip"].flatten().tolist() != first
+    data.epoch = 0
+    again = [data[i] for i in (0, 3, 6, 9, 12)]  # further clips of the first of three videos
+    assert [item["index"] for item in again] == [0] * 5
+    assert len({tuple(item["clip"].flatten().tolist()) for item in again}) > 2
 
 
 def test_the_global_generators_are_left_as_they_were(annotations):

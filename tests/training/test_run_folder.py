@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from etmamba_timm.training.run_folder import RECIPE_FILE, RUN_FILE, RunError, RunFolder
+from etmamba_timm.training.run_folder import MODEL, RECIPE_FILE, RUN_FILE, SCORES, RunError, RunFolder
 
 RUN, OTHER = {"model": "etmamba_m", "betas": (0.9, 0.999)}, {"model": "etmamba_ti", "betas": (0.9, 0.999)}
 
@@ -42,3 +42,23 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path):
     with pytest.raises(RunError, match="contains no run"):
         RunFolder(tmp_path / "thesis.tex").open(RUN, "recipe")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_more_epochs_go_on_and_fewer_do_not(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.open(RUN | {"epochs": 3}, "recipe")
+    identifier = folder.id
+    (folder / MODEL).mkdir()
+    (folder / SCORES).write_text("")
+    assert folder.is_finished()
+    with pytest.raises(RunError, match="epochs: 3 there, 2 now"):
+        folder.open(RUN | {"epochs": 2}, "fewer")
+    with pytest.raises(RunError, match="epochs: 3 there, 4 now; model"):
+        folder.open(OTHER | {"epochs": 4}, "other")
+    assert folder.is_finished()
+    folder.open(RUN | {"epochs": 4}, "more")
+    assert (folder / RECIPE_FILE).read_text() == "more"
+    assert (folder.id, folder.is_finished(), (folder / MODEL).exists()) == (identifier, False, True)
+    folder.open(RUN | {"epochs": 4}, "more")
+    folder.drop_model()
+    assert not [path for path in folder.path.iterdir() if MODEL in path.name]

@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from shapes import write_shapes
+from shapes import KINDS, write_shapes
 
 from etmamba_timm.cli import main, parser
 from etmamba_timm.clip import Clip
@@ -54,12 +54,14 @@ def cpu(monkeypatch):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Few videos; one for training and one for validation are damaged beyond reading."""
+    """Few videos, not equally many of each class; two of them are damaged beyond reading."""
     root = tmp_path_factory.mktemp("data")
     write_shapes(root / "train", 11, seed=0)
     write_shapes(root / "val", 3, seed=1)
     for path in (root / "train" / "up" / "4.webm", root / "val" / "left" / "1.webm"):
         path.write_bytes(path.read_bytes()[:80])
+    for i in range(4):
+        (root / "train" / "down" / f"{i}.{KINDS[i % 3][0]}").rename(root / "train" / "right" / f"{20 + i}.mp4")
     return root
 
 
@@ -82,7 +84,7 @@ def rows(path: Path) -> list[dict]:
 
 # Everything random at once: drop path, dropout, mixup, random erasing, RandAugment, averaged weights.
 RANDOM = ("drop_path=0.3", "drop=0.2", "mixup=0.8", "cutmix=1.0", "erasing=0.5", "rand_augment=rand-m9-mstd0.5-inc1")
-ALL = (*RANDOM, "ema=0.9", "accumulate=2", "precision=bf16", "layer_decay=0.8")
+ALL = (*RANDOM, "balance=0.5", "ema=0.9", "accumulate=2", "precision=bf16", "layer_decay=0.8")
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +103,7 @@ def test_settings_may_be_given_one_by_one():
 
 def test_what_a_run_leaves(done, data, capsys, caplog):
     assert len(rows(done / "val.csv")) == 3
-    assert [row["update"] for row in rows(done / "train.csv")] == ["10"]  # 44 videos make 5 updates an epoch
+    assert [row["update"] for row in rows(done / "train.csv")] == ["10", "15"]  # 44 videos make 5 updates an epoch
     assert float(rows(done / "train.csv")[0]["loss"]) < 2 * math.log(4)
     assert any((done / "tensorboard").iterdir())
     assert [p.name for p in done.glob("state-*")] == ["state-15"]
@@ -191,7 +193,7 @@ def test_other_settings_are_another_run(done, recipe, data, tmp_path, capsys):
 
 def test_two_processes_learn_as_one_does(recipe, data, tmp_path):
     """The same clips in the same order, half in each: the same but for rounding."""
-    same = ("drop_path=0", "num_clips=1")
+    same = ("drop_path=0", "num_clips=1", "balance=1")
     assert main(arguments(recipe, data, tmp_path / "one", *same)) == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     command = [*launch, "etmamba_timm", *arguments(recipe, data, tmp_path / "two", *same, "batch_size=4")]
@@ -255,6 +257,7 @@ def test_gradients_that_explode_stop_it(recipe, data, tmp_path, capsys):
         (("checkpoint=nowhere.pth",), "nowhere.pth: no such checkpoint"),
         (("dataset=kinetics",), "holds no train.csv"),
         (("epoch=1",), "unknown settings epoch"),
+        (("balance=2",), "balance is 2.0; it must be between 0 and 1"),
         (("opt=adamx",), "opt 'adamx' with opt_args {}: "),
         (
             ("model_args={num_frames: 4}",),

@@ -1,17 +1,26 @@
-"""Whole runs: what an update reads from the device, updates that are skipped, and compiled models."""
+"""Whole runs: their logs, what an update reads from the device, skipped updates, more epochs, compiled models."""
 
 import csv
 import itertools
+import logging
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import tracking
 from safetensors.torch import load_file
 from shapes import write_shapes
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from etmamba_timm.cli import main
+from etmamba_timm.training import progress
 from etmamba_timm.training import train as training
 
 RECIPE = """
@@ -49,15 +58,115 @@ def data(tmp_path_factory) -> Path:
     return root
 
 
-def run(data: Path, folder: Path, *settings: str, save_updates: int = 500) -> int:
+def arguments(data: Path, folder: Path, *settings: str, save_updates: int = 500) -> list[str]:
     given = ["--set", *settings] if settings else []
-    arguments = ["train", "--recipe", str(data / "recipe.yaml"), "--data", str(data), "-o", str(folder)]
-    return main([*arguments, "--workers", "0", "--save-updates", str(save_updates), *given])
+    start = ["train", "--recipe", str(data / "recipe.yaml"), "--data", str(data), "-o", str(folder)]
+    return [*start, "--workers", "0", "--save-updates", str(save_updates), *given]
+
+
+def run(data: Path, folder: Path, *settings: str, save_updates: int = 500) -> int:
+    return main(arguments(data, folder, *settings, save_updates=save_updates))
 
 
 def rows(folder: Path) -> list[dict]:
     with (folder / "train.csv").open() as file:
         return [{k: v for k, v in row.items() if k != "clips_per_second"} for row in csv.DictReader(file)]
+
+
+def test_the_shortest_run_has_a_row(data, tmp_path):
+    assert run(data, tmp_path / "run", "epochs=1", "warmup_epochs=0.2", "batch_size=14") == 0
+    (row,) = rows(tmp_path / "run")
+    assert (row["update"], row["skipped"]) == ("3", "0")
+    assert float(row["loss"]) < 3
+
+
+def test_lines_for_those_without_a_terminal(data, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(progress, "FIRST_LINE", 0)
+    monkeypatch.setattr(progress, "LINES", 0)
+    caplog.set_level(logging.INFO, "etmamba_timm")
+    assert run(data, tmp_path / "run", "epochs=2", "eval_epochs=1") == 0
+    line = r"epoch (\d)/2, update (\d+)/10: loss (\S+), rate (\S+), (\S+) clips/s, about \d+ s( and evaluation)? left"
+    found = [re.fullmatch(line, record.message) for record in caplog.records if "clips/s" in record.message]
+    assert [(m[1], int(m[2])) for m in found] == [("1" if n <= 5 else "2", n) for n in range(2, 11)]
+    assert [m[6] is None for m in found] == [n > 5 for n in range(2, 11)]  # the first evaluation comes after update 5
+    assert float(found[-1][3]) == pytest.approx(float(rows(tmp_path / "run")[0]["loss"]), abs=1e-3)
+    assert "evaluation: 2 of 4 videos" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(progress, "FIRST_LINE", 1000)
+    assert run(data, tmp_path / "quiet", "epochs=2") == 0
+    assert "clips/s" not in caplog.text
+
+
+def test_trackers_that_cannot_be(data, tmp_path, capsys):
+    for name, said in (("tensorbord", "unknown tracker 'tensorbord'; accelerate "), (missing_tracker(), "pip install")):
+        assert main([*arguments(data, tmp_path / "run"), "--trackers", name]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def missing_tracker() -> str:
+    installed = set(map(str, tracking.get_available_trackers()))
+    return next(name for name in tracking.LOGGER_TYPE_TO_CLASS if name not in installed)
+
+
+def test_logs_go_to_trackers_by_name(data, tmp_path, monkeypatch):
+    """To several; one that a program has registered is known too."""
+    seen: list = []
+
+    class Own(tracking.GeneralTracker):
+        name, requires_logging_directory, tracker = "own", False, None
+
+        def __init__(self, run_name, **kwargs):
+            super().__init__()
+
+        def store_init_configuration(self, values):
+            seen.append(values["model"])
+
+        def log(self, values, step=None, **kwargs):
+            seen.append((step, sorted(values)[0]))
+
+        def finish(self):
+            seen.append("end")
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "own", Own)
+    command = arguments(data, tmp_path / "run", "epochs=3")
+    assert main([*command, "--trackers", "own", "tensorboard"]) == 0
+    assert seen == [
+        "etmamba_ti",
+        (10, "train/clips_per_second"),
+        (15, "train/clips_per_second"),
+        (15, "val/epoch"),
+        "end",
+    ]
+    assert list((tmp_path / "run" / "tensorboard").rglob("events.*"))
+
+
+def test_more_epochs_for_a_finished_run(data, tmp_path):
+    """It goes on from its last state, at the rate of the new schedule, and kill -9 changes nothing."""
+    more = ("ema=0.9", "balance=1", "drop_path=0.3", "eval_epochs=1")
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(data, one, *more, "epochs=2") == 0
+    shutil.copytree(one, two)
+    before = load_file(one / "last.safetensors")
+    assert run(data, one, *more, "epochs=5") == 0
+    assert [row["update"] for row in rows(one)] == ["10", "20", "25"]
+    assert float(rows(one)[0]["lr"]) < float(rows(one)[1]["lr"])  # the cosine is over five epochs now
+    assert any(not torch.equal(before[name], value) for name, value in load_file(one / "last.safetensors").items())
+    assert '"epochs": 5' in (one / "model" / "config.json").read_text()
+
+    command = [sys.executable, "-m", "etmamba_timm", *arguments(data, two, *more, "epochs=5", save_updates=3)]
+    for update in (12, 18):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not list(two.glob(f"*state-{update}")):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert (two / "model").exists()  # the earlier one
+    assert run(data, two, *more, "epochs=5", save_updates=3) == 0
+    assert rows(two) == rows(one)
+    for name in ("last.safetensors", "best.safetensors", "scores.safetensors", "val.csv", "model/config.json"):
+        assert (two / name).read_bytes() == (one / name).read_bytes(), name
+    assert not [path for path in two.iterdir() if path.name.startswith(".")]
 
 
 class Reads(TorchDispatchMode):

@@ -1,0 +1,36 @@
+"""What a run says about its model: the block of config.json for the model card."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from .recipe import Recipe
+
+
+def run_card(recipe: Recipe, processes: int, best_epoch: int, videos: int, metrics: dict[str, float]) -> dict:
+    """The block for `save_checkpoint`.
+
+    Args:
+        recipe, processes: of the run.
+        best_epoch: the epoch of the weights, from 0.
+        videos: number of training videos.
+        metrics: of these weights, with the recipe's views; see `Scores.metrics`.
+    """
+    names = (("top-1", "top1"), ("top-5", "top5"), ("mean class accuracy", "mean_class"))
+    common = {
+        "dataset": f"{metrics['videos']} validation videos ({recipe.dataset})",
+        "views": {"frames": recipe.num_frames, "crops": recipe.num_crops, "clips": recipe.num_clips},
+        "whose": "measured here",
+    }
+    return {
+        "source": f"trained from {_start(recipe)} on {videos:,} videos ({recipe.dataset})",
+        "recipe": asdict(recipe) | {"checkpoint": Path(recipe.checkpoint).name, "processes": processes},
+        "figures": [common | {"metric": name, "value": round(100 * metrics[key], 2)} for name, key in names],
+        "notes": f"The weights are those after epoch {best_epoch + 1} of {recipe.epochs}, the best on these "
+        "videos with one view each, so the accuracy is slightly optimistic; a separate test set would be fairer.",
+    }
+
+
+def _start(recipe: Recipe) -> str:
+    if recipe.checkpoint:
+        return Path(recipe.checkpoint).name
+    return f"the weights of {recipe.model}" if recipe.pretrained else "scratch"

@@ -99,7 +99,7 @@ def predict(
 
     Args:
         model: a model in evaluation mode, with a classifier. Frames are sampled by its `clip`; an unknown stride is 2.
-        path: a video file in any format of FFmpeg.
+        path: a video file in any format of FFmpeg, or a folder of frames.
         num_clips: number of clips, spread evenly over the video; a single one is centred.
         num_crops: 1 (centre) or 3 (along the longer side).
         dtype: autocast's dtype, such as torch.bfloat16; None for no autocast.
@@ -144,7 +144,7 @@ def predict_files(
 
     Args:
         model, num_clips, num_crops, dtype: as in `predict`.
-        paths: the video files.
+        paths: the video files, or folders of frames.
         batch_size: views per forward pass, of several files.
         workers: processes that decode ahead of the model; 0 to decode in this one.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from PIL import Image
 
 ROWS, COLUMNS = 4, 4  # of blocks: a row of colours, then 12 bits
 COLOURS = np.array([(220, 30, 30), (30, 200, 30), (30, 30, 220), (128, 128, 128)], dtype=np.uint8)
@@ -85,6 +86,14 @@ def write_video(
         for stream in outputs:
             output.mux(stream.encode())
     return Path(path)
+
+
+def write_frames(folder: str | Path, num_frames: int = 24, name: str = "img_{:05}.jpg", first_number: int = 0) -> Path:
+    """Write frames `picture(first_number), ...` to pictures in a folder."""
+    Path(folder).mkdir(parents=True)
+    for i in range(num_frames):
+        Image.fromarray(picture(first_number + i)).save(Path(folder) / name.format(i))
+    return Path(folder)
 
 
 def write_audio(path: str | Path, codec: str = "aac", seconds: float = 0.5) -> Path:

@@ -103,7 +103,7 @@ def _tsne(args: argparse.Namespace) -> int:
 def _erf(args: argparse.Namespace) -> int:
     import torch
 
-    from ..data import EvalTransform, VideoReader, fixed_clips
+    from ..data import EvalTransform, fixed_clips, open_video
     from ..seeing.analyze import plot_receptive_field, receptive_field, smallest_share
 
     _check(args.output)
@@ -111,7 +111,7 @@ def _erf(args: argparse.Namespace) -> int:
         raise ValueError("the receptive field is computed in float32; omit --dtype")
     model, _ = set_up(args, need_classifier=False)
     transform = EvalTransform.from_model(model, size=model.img_size)
-    readers = [VideoReader(file) for file in args.files]
+    readers = [open_video(file) for file in args.files]
     clips = [transform(reader.read(fixed_clips(model.clip, reader.info.num_frames)[0])) for reader in readers]
     field = receptive_field(model, torch.cat(clips).to(model.cls_token), "token" if args.token else "centre")
     output = "class token" if args.token else "central patch"

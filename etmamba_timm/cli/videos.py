@@ -32,7 +32,9 @@ SHIPPED = "etmamba_ti.mocap"
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Adds the parsers of this module's commands."""
     predict = commands.add_parser("predict", help="classify the action in video files")
-    predict.add_argument("files", nargs="*", metavar="FILE", help="video files (default: the package's sample)")
+    predict.add_argument(
+        "files", nargs="*", metavar="FILE", help="video files, or folders of frames (default: the package's sample)"
+    )
     add_model(predict, default=SHIPPED)
     _add_feeding(predict)
     add_compile(predict)
@@ -41,7 +43,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     predict.set_defaults(run=_predict)
 
     features = commands.add_parser("features", help="extract features of video files")
-    features.add_argument("files", nargs="+", metavar="FILE", help="video files")
+    features.add_argument("files", nargs="+", metavar="FILE", help="video files, or folders of frames")
     add_model(features)
     _add_feeding(features)
     text = "a .safetensors file, or a folder (without a suffix) for one such file per 1000 videos"

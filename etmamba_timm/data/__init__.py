@@ -15,12 +15,13 @@ from .augment import TrainTransform
 from .dataset import EvalClips, TrainClips, Views, collate
 from .embedded import EmbeddedVideo
 from .ffmpeg import VideoError
+from .frames import FrameFolder, open_video, probe, read_frames
 from .huggingface import read_huggingface
 from .layouts import LAYOUTS, SUBSETS, read_dataset, with_classes
 from .lists import read_list
 from .sampling import draw_clip, fixed_clips, random_clip, random_segments, sample_clips, sample_segments
 from .transforms import EvalTransform
-from .video import VideoInfo, VideoReader, probe, read_frames
+from .video import VideoInfo, VideoReader
 
 __all__ = [
     "LAYOUTS",
@@ -31,6 +32,7 @@ __all__ = [
     "EmbeddedVideo",
     "EvalClips",
     "EvalTransform",
+    "FrameFolder",
     "TrainClips",
     "TrainTransform",
     "VideoError",
@@ -40,6 +42,7 @@ __all__ = [
     "collate",
     "draw_clip",
     "fixed_clips",
+    "open_video",
     "probe",
     "random_clip",
     "random_segments",

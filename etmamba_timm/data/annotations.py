@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .embedded import VideoFile
+from .frames import PICTURES, is_picture, is_there
 
 _logger = logging.getLogger(__name__)
 
@@ -20,7 +21,6 @@ SUFFIXES = (
     *(".mxf", ".dv", ".divx", ".xvid", ".ogm", ".rm", ".rmvb", ".nut", ".ivf", ".mjpeg", ".mjpg"),
     *(".h264", ".264", ".h265", ".265", ".hevc", ".gif", ".apng"),
 )
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 MOST_CLASSES = 100_000  # numbered classes; a larger number is an error in the list
 MOST_MISSING = 0.5  # share of a list's videos that may be missing before it is an error
 BREAKFAST = (
@@ -40,7 +40,7 @@ class Annotations:
     """A dataset's videos.
 
     Attributes:
-        samples: (file, class index) of each video that exists; `VideoReader` takes the file.
+        samples: (file or folder of frames, class index) of each video that exists; `open_video` takes it.
         classes: names of the classes.
         missing: files, or names of files, that are listed but don't exist.
     """
@@ -53,8 +53,9 @@ class Annotations:
 def read_folders(root: str | Path, classes: list[str] | None = None) -> Annotations:
     """`root/<class>/**/<video>`; classes are the folders' names in alphabetical order, or those given.
 
-    Links are followed. Files and folders whose names begin with a dot are ignored, as other programs' own. Any other
-    file that isn't taken, as it is no video or lies in no class, is counted in a warning.
+    In a class without video files, each folder below it that holds pictures is a video, a folder of frames. Links are
+    followed. Files and folders whose names begin with a dot are ignored, as other programs' own. Any other file that
+    isn't taken, as it is no video or lies in no class, is counted in a warning.
 
     Raises:
         AnnotationError: `root` isn't a folder, or holds no videos in folders of classes.
@@ -64,13 +65,16 @@ def read_folders(root: str | Path, classes: list[str] | None = None) -> Annotati
     samples: list[tuple[VideoFile, int]] = []
     others: list[Path] = []
     for index, name in enumerate(names):
-        videos, beside = _files(root / name)
+        videos, frames, beside = _files(root / name)
+        if videos:
+            beside += [path for folder in frames for path in sorted(folder.iterdir()) if is_picture(path.name)]
+        videos = videos or frames
         samples += [(path, index) for path in videos]
         others += beside
     if not samples:
         held = f"; they hold {_kinds(others)}" if others else ""
         if any(path.suffix.lower() in PICTURES for path in others):
-            held += ": make a video of each folder of pictures with ffmpeg"
+            held += ": put the frames of each video in a folder of their own"
         raise AnnotationError(f"{root} holds no videos in folders of classes, wanted {root}/<class>/<video>.mp4{held}")
     if others:
         _logger.warning(
@@ -91,13 +95,21 @@ def class_folders(root: Path) -> list[str]:
 
 
 def video_files(root: Path) -> list[Path]:
-    """Videos at any depth below `root`, in alphabetical order; links are followed, hidden files are ignored."""
-    return _files(root)[0]
+    """Videos at any depth below `root`, in alphabetical order; links are followed, hidden files are ignored.
+
+    Files come first, then folders of frames.
+    """
+    videos, frames, _ = _files(root)
+    return videos + frames
 
 
-def _files(root: Path) -> tuple[list[Path], list[Path]]:
-    """The videos and the other files at any depth below `root`, each in alphabetical order."""
+def _files(root: Path) -> tuple[list[Path], list[Path], list[Path]]:
+    """The videos, the folders of frames, and other files at any depth below `root`, each in alphabetical order.
+
+    A folder of frames holds pictures and no videos, and isn't `root` itself.
+    """
     videos: list[Path] = []
+    frames: list[Path] = []
     others: list[Path] = []
     seen = set()
     for folder, folders, names in os.walk(root, followlinks=True):
@@ -106,10 +118,13 @@ def _files(root: Path) -> tuple[list[Path], list[Path]]:
             continue
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if not name.startswith("."):
-                (videos if _is_video_name(name) else others).append(Path(folder, name))
-    return sorted(videos), sorted(others)
+        names = [name for name in names if not name.startswith(".")]
+        held = [Path(folder, name) for name in names if _is_video_name(name)]
+        is_frames = not held and Path(folder) != root and any(map(is_picture, names))
+        videos += held
+        frames += [Path(folder)] if is_frames else []
+        others += [Path(folder, n) for n in names if not (_is_video_name(n) or (is_frames and is_picture(n)))]
+    return sorted(videos), sorted(frames), sorted(others)
 
 
 def _is_video_name(name: str) -> bool:
@@ -263,7 +278,7 @@ def from_rows(
     missing = []
     for what, label in rows:
         found = locate(what)
-        if os.path.isfile(found) if isinstance(found, Path) else found.is_file():
+        if is_there(found) if isinstance(found, Path) else found.is_file():
             samples.append((found, index[number[label]]))
         else:
             missing.append(str(found))
@@ -279,11 +294,11 @@ def from_rows(
 
 
 def _finder(root: str | Path) -> Callable[[str], Path | None]:
-    """Finds a video at any depth below `root` by its name without suffix."""
+    """Finds a video at any depth below `root` by its name without suffix; files come before folders of frames."""
     stems: dict[str, Path] = {}
-    files = video_files(existing_folder(root))
-    for path in sorted(files, key=lambda path: SUFFIXES.index(path.suffix.lower())):
-        stems.setdefault(path.stem, path)
+    videos, frames, _ = _files(existing_folder(root))
+    for path in [*sorted(videos, key=lambda path: SUFFIXES.index(path.suffix.lower())), *frames]:
+        stems.setdefault(path.stem if path.suffix.lower() in SUFFIXES else path.name, path)
     return stems.get
 
 

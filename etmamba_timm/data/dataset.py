@@ -14,9 +14,10 @@ from torch.utils.data import Dataset, default_collate
 from ..clip import Clip
 from .annotations import Annotations
 from .embedded import VideoFile
+from .ffmpeg import VideoError
+from .frames import open_video
 from .sampling import draw_clip, fixed_clips
 from .transforms import ElongatedError, EvalTransform
-from .video import VideoError, VideoReader
 
 _logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class TrainClips(Dataset):
             path, label = self.annotations.samples[i]
             with seeded(self.seed, self.epoch, i, again):  # NumPy's seeds are the same without a last 0
                 try:
-                    reader = VideoReader(path)
+                    reader = open_video(path)
                     frames = reader.read(draw_clip(self.clip, reader.info.num_frames, random.Random(random.random())))
                 except VideoError as error:
                     _log_failure(self._failed, i, error)
@@ -124,7 +125,7 @@ class Views:
         Raises:
             VideoError: the file can't be decoded.
         """
-        reader = VideoReader(self.files[index])
+        reader = open_video(self.files[index])
         info, length = reader.info, self.clip.num_frames
         clips = fixed_clips(self.clip, info.num_frames, self.num_clips)
         together = max(1, MOST_BYTES // (length * info.height * info.width * 3))

@@ -39,7 +39,7 @@ def check_file(path: VideoFile) -> None:
     try:
         mode = path.stat().st_mode if isinstance(path, Path) else stat.S_IFREG
         if stat.S_ISDIR(mode):
-            raise VideoError(f"{path}: is a directory; name one video file in it")
+            raise VideoError(f"{path}: is a folder; `open_video` reads folders of frames")
         if not stat.S_ISREG(mode):
             raise VideoError(f"{path}: is a pipe or a device, not a file; save it to a file first")
         with path.open("rb") as file:

@@ -22,6 +22,7 @@ from .annotations import (
     from_rows,
     video_files,
 )
+from .frames import is_there
 from .tables import WANTED, Row, exists, is_video, read_rows, sample_of, short, some
 
 _logger = logging.getLogger(__name__)
@@ -271,7 +272,7 @@ class _Table:
         """Windows' backslashes as slashes, where the file exists so."""
         turned = [
             video.replace("\\", "/")
-            if "\\" in video and not os.path.isfile(self.root / video) and exists(self.root, video)
+            if "\\" in video and not is_there(self.root / video) and exists(self.root, video)
             else video
             for video in videos
         ]
@@ -317,12 +318,12 @@ def _gaps(rows: list[tuple[str, str]]) -> list[str]:
 
 def _remedy(path: Path, root: Path, rows: list[tuple[str, str]]) -> str:
     """What to do about missing videos, by the first of them."""
-    video = next(video for video, _ in rows if not os.path.isfile(root / video))
+    video = next(video for video, _ in rows if not is_there(root / video))
     slashed = video.replace("\\", "/")
-    if os.path.isfile(path.parent / slashed):
+    if is_there(path.parent / slashed):
         return f"they lie beside the list: give {path.parent} as the folder of the videos (root, --data)"
     if os.path.isdir(root / slashed):
-        return "it is a folder, and video files are wanted: make a video of each folder of pictures with ffmpeg"
+        return "it is a folder without pictures; name video files, or folders that hold the frames of one video"
     if found := next((slashed + suffix for suffix in SUFFIXES if os.path.isfile(root / (slashed + suffix))), None):
         return f"{root / found} exists: write the names with their suffix"
     name = slashed.rpartition("/")[2]

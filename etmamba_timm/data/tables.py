@@ -1,7 +1,6 @@
 """The text of a list as rows of equally many fields, by whichever separator it uses."""
 
 import csv
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .annotations import SUFFIXES, AnnotationError, read_text
+from .frames import is_there
 
 SAMPLED = 100  # rows of which the files are looked for, to tell the columns apart
 SEPARATORS = {",": "','", "\t": "a tab", ";": "';'", " ": "a space"}
@@ -164,10 +164,10 @@ def is_video(root: Path, field: str) -> bool:
 
 
 def exists(root: Path, field: str) -> bool:
-    """Whether a field is the path of a file below `root`, as it is or with Windows' backslashes as slashes."""
+    """Whether a field is the path of a file or a folder of frames below `root`, perhaps with Windows' backslashes."""
     if not field:
         return False
-    return os.path.isfile(root / field) or ("\\" in field and os.path.isfile(root / field.replace("\\", "/")))
+    return is_there(root / field) or ("\\" in field and is_there(root / field.replace("\\", "/")))
 
 
 def sample_of(rows: list) -> list:

@@ -33,10 +33,10 @@ _LATE = 16  # frames by which a decoder may be late; a wanted frame that is late
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video file holds.
+    """What a video holds.
 
     Attributes:
-        path: the file.
+        path: the file, or the folder of frames.
         num_frames: number of frames that can be read.
         height, width: of a frame as displayed, after rotation, in pixels.
         rotation: clockwise rotation of the stored frames for display: 0, 90, 180 or 270 degrees.
@@ -125,7 +125,7 @@ class VideoReader:
             IndexError: a number is not in 0 ... num_frames - 1.
         """
         info, indices = self.info, [as_index(i) for i in indices]
-        wanted = self._wanted(indices)
+        wanted = wanted_frames(self.info, indices)
         rows = {number: row for row, number in enumerate(wanted)}
         pictures = np.empty((len(wanted), info.height, info.width, 3), dtype=np.uint8)
         missed = self._read_from_keyframes(rows, pictures)
@@ -143,7 +143,7 @@ class VideoReader:
         Raises:
             IndexError: as `read`.
         """
-        wanted, lost = self._wanted(indices), 0
+        wanted, lost = wanted_frames(self.info, indices), 0
         for _, frame, is_own in self._in_one_pass(wanted):
             lost += not is_own
             yield torch.from_numpy(np.ascontiguousarray(self._picture(frame)))
@@ -161,16 +161,6 @@ class VideoReader:
         if self._times and self._tick:
             return [(time - self._times[0]) * self._tick for time in self._times]
         return [number / self.info.fps for number in range(self.info.num_frames)]
-
-    def _wanted(self, indices: Iterable[int]) -> list[int]:
-        """These numbers in order, each once."""
-        wanted = sorted(set(indices))
-        if wanted and not 0 <= wanted[0] <= wanted[-1] < self.info.num_frames:
-            raise IndexError(
-                f"{self.path}: frames {wanted[0]} to {wanted[-1]} are wanted; "
-                f"choose from 0 to {self.info.num_frames - 1}"
-            )
-        return wanted
 
     def _read_from_keyframes(self, rows: dict[int, int], pictures: np.ndarray) -> list[int]:
         """Fill `pictures[row]` for each of `{number: row}`, ascending; return the numbers that weren't found."""
@@ -269,11 +259,15 @@ class VideoReader:
         self._warned = True
 
 
-def probe(path: str | Path) -> VideoInfo:
-    """Describes the video file at `path`; raises VideoError as VideoReader does."""
-    return VideoReader(path).info
+def wanted_frames(info: VideoInfo, indices: Iterable[int]) -> list[int]:
+    """These numbers in order, each once.
 
-
-def read_frames(path: str | Path, indices: Sequence[int]) -> Tensor:
-    """Frames of the video file at `path` by number, as VideoReader reads them: uint8 [T, H, W, 3] RGB."""
-    return VideoReader(path).read(indices)
+    Raises:
+        IndexError: a number is not in 0 ... num_frames - 1.
+    """
+    wanted = sorted(set(indices))
+    if wanted and not 0 <= wanted[0] <= wanted[-1] < info.num_frames:
+        raise IndexError(
+            f"{info.path}: frames {wanted[0]} to {wanted[-1]} are wanted; choose from 0 to {info.num_frames - 1}"
+        )
+    return wanted

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ..data import EvalTransform, VideoReader
+from ..data import EvalTransform, FrameFolder, VideoReader, open_video
 from ..files import check_file, whole_file
 from ..models import EtMamba
 from ..predict import class_names
@@ -125,7 +125,7 @@ def timeline(
             "the model's clips are spread over whole videos, so they have no fixed duration; set clip_seconds to the "
             "length of the videos it was trained on (Kinetics: 10)"
         )
-    reader = VideoReader(path)
+    reader = open_video(path)
     shown, fps = reader.times(), reader.info.fps
     length = shown[-1] + 1 / fps  # the last frame's duration is unknown: the average is assumed
     span = clip_seconds
@@ -256,7 +256,7 @@ def _per_moment(scores: Tensor, starts: list[float], span: float, times: Tensor)
 
 
 def _batches(
-    reader: VideoReader, clips: list[list[int]], transform: EvalTransform, batch_size: int
+    reader: VideoReader | FrameFolder, clips: list[list[int]], transform: EvalTransform, batch_size: int
 ) -> Iterator[Tensor]:
     """Batches of clips [B, C, T, h, w], given as lists of frame numbers with ascending starts.
 

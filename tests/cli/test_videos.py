@@ -98,14 +98,15 @@ def test_features_continue_however_they_were_stopped(how, output, expected, tmp_
     code = f"""
 import pathlib, signal, time
 import etmamba_timm.data.dataset as dataset
+from etmamba_timm.data import VideoReader
 from etmamba_timm.cli import main
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in what they run in the background
-class Waiting(dataset.VideoReader):
+class Waiting(VideoReader):
     def __init__(self, path):
         while path.name == {FILES[5]!r} and not pathlib.Path({str(tmp_path / "stopped")!r}).exists():
             time.sleep(0.05)
         super().__init__(path)
-dataset.VideoReader = Waiting
+dataset.open_video = Waiting
 raise SystemExit(main({["features", *FILES, *MODEL, "--num-crops", "3", "-o", str(tmp_path / output)]!r}))
 """
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)

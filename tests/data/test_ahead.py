@@ -67,7 +67,7 @@ def test_clips_that_do_not_fit_together_are_read_one_by_one(files, monkeypatch):
             asked.append(len(indices))
             return super().read(indices)
 
-    monkeypatch.setattr("etmamba_timm.data.dataset.VideoReader", Counting)
+    monkeypatch.setattr("etmamba_timm.data.dataset.open_video", Counting)
     monkeypatch.setattr("etmamba_timm.data.dataset.MOST_BYTES", 2 * 4 * 48 * 64 * 3)
     assert [clip.tolist() for clip in views.read(0)] == expected
     assert asked == [8, 8, 4]

@@ -85,8 +85,19 @@ def test_files_that_are_left_out_are_counted(tmp_path, caplog):
     caplog.clear()
     read_folders(tree(tmp_path / "clean", "run/a.mp4", "jump/b.gif"))
     assert not caplog.text
-    with pytest.raises(AnnotationError, match=r"they hold 2 .png \(pictures\): make a video of each folder"):
-        read_folders(tree(tmp_path / "frames", "run/a/1.png", "run/a/2.png"))
+    with pytest.raises(
+        AnnotationError, match=r"they hold 2 .png \(pictures\): put the frames of each video in a folder"
+    ):
+        read_folders(tree(tmp_path / "frames", "run/1.png", "run/2.png"))
+
+
+def test_folders_of_frames(tmp_path, caplog):
+    """They are videos where a class has no video files; otherwise they may be thumbnails, and are told of."""
+    names = ["run/a/1.jpg", "run/a/2.jpg", "run/b.x/img_1.PNG", "run/b.x/notes.txt", "run/c/.1.jpg", "run/d/e/1.jpg"]
+    read = read_folders(tree(tmp_path, *names, "jump/a.mp4", "jump/thumbs/a.jpg"))
+    assert found(read, tmp_path) == [("jump/a.mp4", "jump"), *((f"run/{name}", "run") for name in ("a", "b.x", "d/e"))]
+    assert "2 files in folders of classes are left out" in caplog.text
+    assert "jump/thumbs/a.jpg" in caplog.text
 
 
 def test_of_files_with_one_name_the_usual_suffix_is_taken(tmp_path):

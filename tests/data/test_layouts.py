@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from videos import write_video
+from videos import write_frames, write_video
 
 from etmamba_timm.data import AnnotationError, Clip, EvalClips, EvalTransform, read_dataset, with_classes
 
@@ -73,10 +73,15 @@ TREES = {
 }
 
 
+@pytest.mark.parametrize("frames", [False, True], ids=["files", "frames"])
 @pytest.mark.parametrize("layout", TREES)
-def test_official_trees(layout, tmp_path, caplog):
+def test_official_trees(layout, frames, tmp_path, caplog):
+    """Each video is a file, or a folder of its frames, in a list by the name that it gives."""
     make, num_train, num_val, classes = TREES[layout]
     make(tmp_path)
+    for path in [path for path in tmp_path.rglob("*") if frames and path.suffix in (".mp4", ".webm", ".avi")]:
+        path.unlink()
+        write_frames(path if layout == "list" else path.with_suffix(""), 9)
     train, val = (read_dataset(layout, tmp_path, part) for part in ("train", "val"))
     assert (len(train.samples), len(val.samples)) == (num_train, num_val)
     assert train.classes == val.classes
@@ -86,7 +91,8 @@ def test_official_trees(layout, tmp_path, caplog):
     clips = EvalClips(val, EvalTransform((32, 32)), Clip(4, 2))
     assert clips[0]["clip"].shape == (1, 3, 4, 32, 32)
     path = val.samples[0][0]
-    path.write_bytes(path.read_bytes()[:100])
+    for file in path.iterdir() if frames else [path]:
+        file.write_bytes(file.read_bytes()[:100])
     assert clips[0] is None
     assert str(path) in caplog.text
 

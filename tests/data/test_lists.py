@@ -265,12 +265,12 @@ def test_a_list_in_another_encoding(root):
         ("/data/v/{}.mp4", ".", "{tmp}/v/0.mp4 exists: write the paths in the list as they are below {tmp}"),
         (r"D:\data\v\{}.mp4", ".", "{tmp}/v/0.mp4 exists: write the paths in the list as they are below {tmp}"),
         ("v/{}", ".", "{tmp}/v/0.mp4 exists: write the names with their suffix"),
-        ("frames/{}", ".", "it is a folder, and video files are wanted"),
+        ("empty/{}", ".", "it is a folder without pictures"),
         ("w/{}.avi", ".", "give the folder that holds them (root, --data)"),
     ],
 )
 def test_the_remedy_for_missing_videos(root, tmp_path, written, folder, remedy):
-    tree(root, "elsewhere/x", "frames/0/1.jpg", "frames/1/1.jpg")
+    tree(root, "elsewhere/x", "empty/0/x", "empty/1/x")
     with pytest.raises(AnnotationError) as raised:
         listed(root, f"{written.format(0)} 0\n{written.format(1)} 1\n", root=root / folder)
     assert "lists 2 videos, 2 of which aren't there" in str(raised.value)

@@ -488,7 +488,7 @@ def cut_off_before_its_index(path):
 
 BAD = {
     "missing.mp4": (no_file, "no such file; check the path"),
-    "folder.mp4": (Path.mkdir, "is a directory; name one video file in it"),
+    "folder.mp4": (Path.mkdir, "is a folder without pictures; name a video file"),
     "empty.mp4": (Path.touch, "the file is empty"),
     "text.mp4": (lambda path: path.write_text("Grüße\n" * 99, encoding="utf-8"), "is a text file, not a video"),
     "text.nfo": (lambda path: path.write_text("that FFmpeg would draw"), "is a text file, not a video"),

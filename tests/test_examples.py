@@ -68,3 +68,11 @@ def learned(run: subprocess.Popen, folder: Path) -> tuple[set[str], dict[str, to
     before = timm.create_model("etmamba_ti", num_classes=4, **shape, **TINY).state_dict()
     after = timm.create_model(f"local-dir:{folder}", pretrained=True).state_dict()
     return {k for k, v in after.items() if not torch.equal(v, before[k])}, before
+
+
+def test_probe_on_features(tmp_path):
+    pytest.importorskip("sklearn")
+    command = [sys.executable, str(EXAMPLES / "sklearn_probe.py")]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr
+    assert float(re.search(r"accuracy on videos left out: (\S+) of 4 classes", run.stdout)[1]) >= 0.75

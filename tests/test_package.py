@@ -1,6 +1,7 @@
 """The package as a whole: importing it is quiet and light, and imports point one way."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -83,6 +84,26 @@ def test_the_command_knows_the_models(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "etmamba_ti.mocap" in done.stdout
+
+
+@pytest.mark.parametrize(("given", "policy"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
+def test_the_commands_threads_sleep_while_they_wait(tmp_path, given, policy):
+    """Set before PyTorch is imported, which reads it."""
+    code = """
+import os, sys
+class Check:
+    def find_spec(self, name, *args):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"), file=sys.stderr, end="")
+            os._exit(0)
+sys.meta_path.insert(0, Check())
+import etmamba_command
+sys.argv[1:] = ["info", "etmamba_ti"]
+etmamba_command.main()
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | given
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stderr == policy
 
 
 def test_imports_point_one_way():

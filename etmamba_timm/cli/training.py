@@ -33,6 +33,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     train.add_argument("--save-updates", type=positive, default=500, metavar="N", help="save the state every N updates")
     text = "where the logs go too: tensorboard (default), wandb, mlflow, ... (accelerate's names)"
     train.add_argument("--trackers", nargs="+", default=["tensorboard"], metavar="NAME", help=text)
+    text = "train the classifier alone, on features computed once (the folder gets the model, and can't be resumed)"
+    train.add_argument("--probe", choices=["linear"], help=text)
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("eval", help="measure a model's accuracy on a dataset of videos")
@@ -49,11 +51,13 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
+    import torch
     import torch.distributed as dist
 
     from ..data import read_dataset
 
     with extra("train"):
+        from ..training.probe import linear_probe
         from ..training.recipe import load_recipe, parse_overrides
         from ..training.train import train
     options = {"dataset": args.dataset, "split": args.split}
@@ -65,6 +69,15 @@ def _train(args: argparse.Namespace) -> int:
     )
     if is_first_process():
         logging.getLogger("etmamba_timm").setLevel(logging.INFO)
+    if args.probe:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        shown = sys.stderr.isatty()
+        metrics = linear_probe(
+            recipe, train_set, val_set, args.output, device=device, workers=args.workers, progress=shown
+        )
+        print(_accuracies(metrics))
+        print(f"model: {args.output / 'model'}")
+        return 0
     is_ours = not dist.is_initialized()  # accelerate starts a process group, and keeps it for a next run
     metrics = train(
         recipe,

@@ -147,8 +147,19 @@ def multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def rotate(q: np.ndarray, vector: np.ndarray) -> np.ndarray:
     """Vectors [..., 3] turned by quaternions [..., 4]."""
     w, v = q[..., :1], q[..., 1:]
-    twice = 2 * np.cross(v, vector)
-    return vector + w * twice + np.cross(v, twice)
+    twice = 2 * cross(v, vector)
+    return vector + w * twice + cross(v, twice)
+
+
+def cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """As numpy's, which takes five times as long for a few vectors."""
+    (ax, ay, az), (bx, by, bz) = (np.moveaxis(np.asarray(v), -1, 0) for v in (a, b))
+    return np.stack([ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx], axis=-1)
+
+
+def matrices(q: np.ndarray) -> np.ndarray:
+    """The matrices [..., 3, 3] of quaternions [..., 4]."""
+    return np.stack([rotate(q, axis) for axis in np.eye(3)], axis=-1)
 
 
 def slerp(a: np.ndarray, b: np.ndarray, part: np.ndarray) -> np.ndarray:

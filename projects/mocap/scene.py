@@ -1,15 +1,19 @@
-"""A video's frames from its parameters: the figure by pybullet's software renderer, ground and sky by arithmetic."""
+"""A video's frames from its parameters: where the figure and the camera are, and what is put together."""
 
 from __future__ import annotations
 
-import numpy as np
-import pybullet as bullet
+from collections.abc import Sequence
+from pathlib import Path
 
-from . import motion
+import numpy as np
+
+from . import effects, motion
+from .background import Background
+from .bodies import Part, parts
+from .figure import NOTHING, Drawn, cast
 from .variation import ACTIONS, FPS, SIZE
 
-FINE = 2 * SIZE  # drawn at twice the size, then averaged
-NEAR, FAR = 0.05, 60.0  # metres
+FINE = SIZE * 3 // 2  # the figure is drawn at this size, then averaged
 STILL = 0.3  # seconds: how far the camera's following is smoothed
 
 # What the figure fills, for framing it and for its shadow: joint, place in the joint's frame, radius.
@@ -42,10 +46,10 @@ BONES = (
 )
 
 
-def frames(parameters: dict) -> np.ndarray:
-    """A video, uint8 [T, SIZE, SIZE, 3] RGB."""
+def frames(parameters: dict, videos: Sequence[Path] = ()) -> np.ndarray:
+    """A video, uint8 [T, SIZE, SIZE, 3] RGB; `videos` are where it takes pictures for its surfaces from."""
     times = np.arange(round(parameters["seconds"] * FPS)) / FPS
-    body = parameters["body"]
+    body, look = parameters["body"], parameters["look"]
     positions, rotations = pose(parameters, times)
     points, radii = outline(positions, rotations, body)
     level = np.percentile((points[..., 1] - radii).min(axis=1), 5)
@@ -56,13 +60,54 @@ def frames(parameters: dict) -> np.ndarray:
         target = target.mean(axis=0, keepdims=True).repeat(len(times), axis=0)
     camera = Camera(parameters, points, radii, target)
     light = light_direction(parameters)
-    strength = parameters["light_strength"]
-    figure = Figure(body, parameters)
-    video = []
-    for i in range(len(times)):
-        drawn = figure.draw(camera, i, positions[i], rotations[i], light, strength)
-        video.append(compose(parameters, camera, i, drawn, shadow_of(points[i], body, light), light))
-    return np.stack(video)
+    made_of = parts(body, look)
+    drawn = cast(made_of, camera, positions, rotations, light, FINE)
+    background = Background(parameters, camera, points, light, videos)
+    behind = np.stack([background.draw(i, shadow_of(points[i], body, light)) for i in range(len(times))])
+    if look["back_blur"]:
+        behind = effects.through(effects.blur(SIZE, look["back_blur"]), behind)
+    figure = effects.through(effects.resize(FINE, SIZE), paint(drawn, made_of, look))
+    return effects.apply(figure[..., :3] + behind * (1 - figure[..., 3:]), look)
+
+
+def paint(drawn: Drawn, made_of: list[Part], look: dict) -> np.ndarray:
+    """The figure in its style, float32 [T, S, S, 4]: colours of 0 to 1, and 1 where it is, 0 elsewhere."""
+    style, palette = look["style"], look["palette"]
+    mask = drawn.part != NOTHING
+    part = drawn.part[mask]
+    colours = [palette[p.colour] for p in made_of]
+    if style == "patchwork":
+        colours = [look["patches"][i % len(look["patches"])] for i in range(len(made_of))]
+    elif style != "clothes":
+        colours = [palette["shirt"]] * len(made_of)
+    colour = np.array(colours, dtype=np.float32)[part]
+    if style in ("rings", "checks"):
+        cells = np.floor(drawn.place[mask] / look["pattern_size"] + 0.25).astype(int)
+        odd = (cells[:, 1] if style == "rings" else cells.sum(axis=-1)) % 2 == 1
+        colour[odd] = look["other"]
+    if style == "outline":
+        colour[:] = look["ground_colours" if look["setting"] == "sky" else "wall_colours"][0]
+    if not look["flat"]:
+        ambient, diffuse = look["light_strength"]
+        colour *= (np.float32(ambient) + np.float32(diffuse) * drawn.lit[mask])[:, None]
+    figure = np.zeros((*mask.shape, 4), dtype=np.float32)
+    figure[mask] = np.pad(np.minimum(colour, 1), ((0, 0), (0, 1)), constant_values=1)
+    if style == "outline":
+        lines = edges(drawn.part, round(look["line_width"] * FINE))
+        figure[lines] = [*palette["shirt"], 1]
+    return figure
+
+
+def edges(part: np.ndarray, width: int) -> np.ndarray:
+    """Where one part ends and another begins: bool [T, S, S], lines of `width` pixels."""
+    lines = np.zeros(part.shape, dtype=bool)
+    down, right = part[:, 1:] != part[:, :-1], part[:, :, 1:] != part[:, :, :-1]
+    size = part.shape[1]
+    for shift in range(-(width // 2), width - width // 2):
+        low, high = max(0, -shift), size - 1 - max(0, shift)
+        lines[:, low + shift : high + shift] |= down[:, low:high]
+        lines[:, :, low + shift : high + shift] |= right[:, :, low:high]
+    return lines
 
 
 def recording_times(parameters: dict, times: np.ndarray) -> np.ndarray:
@@ -139,6 +184,8 @@ class Camera:
             high = np.array([(x + reach).max(), (y + reach).max()])
             shift += ((low + high) / 2 - wanted) * distance * self.slope
             self.slope *= (high - low).max() / 2 / parameters["fill"]
+        across, upwards = (2 * distance * self.slope * shaken(parameters, count)).T[..., None]
+        self.eye = self.eye + across * self.right + upwards * self.up
 
     def project(self, points: np.ndarray, radii: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """x and y in the picture, -1 to 1, and the radii there, of balls: each [T, P]."""
@@ -146,132 +193,43 @@ class Camera:
         depth = np.maximum((away * self.forward[:, None]).sum(-1), 0.3) * self.slope
         return (away * self.right[:, None]).sum(-1) / depth, (away * self.up[:, None]).sum(-1) / depth, radii / depth
 
-    def ground(self, frame: int) -> tuple[np.ndarray, int, np.ndarray, np.ndarray, np.ndarray]:
-        """What the pixels of a picture of FINE×FINE see of the ground, which lies at height 0.
+    def rays(self, frame: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The rays of a picture of size × size, of depth 1, float32.
 
-        Returns the rise of each row's rays per metre of depth [FINE], the first row that meets the ground, and from
-        that row on the x and z of each pixel's place [rows, FINE] and each row's depth [rows, 1].
+        A pixel's is the sum of three: the ray ahead [3], what its row adds [size, 3], and its column [size, 3].
         """
-        steps = ((np.arange(FINE) + 0.5) / FINE * 2 - 1) * self.slope
-        forward, right, up, eye = (a[frame].astype(np.float32) for a in (self.forward, self.right, self.up, self.eye))
-        rows = (forward - steps[:, None] * up).astype(np.float32)  # the rays in the middle; the camera doesn't roll,
-        columns = (steps[:, None] * right).astype(np.float32)  # so these have no rise
+        steps = (((np.arange(size) + 0.5) / size * 2 - 1) * self.slope)[:, None].astype(np.float32)
+        forward, right, up = (a[frame].astype(np.float32) for a in (self.forward, self.right, self.up))
+        return forward, -steps * up, steps * right
+
+    def ground(self, frame: int, size: int) -> tuple[np.ndarray, int, np.ndarray, np.ndarray, np.ndarray]:
+        """What the pixels of a picture of size × size see of the ground, which lies at height 0.
+
+        Returns the rise of each row's rays per metre of depth [size], the first row that meets the ground, and from
+        that row on the x and z of each pixel's place [rows, size] and each row's depth [rows, 1].
+        """
+        ahead, down, columns = self.rays(frame, size)
+        eye = self.eye[frame].astype(np.float32)
+        rows = ahead + down  # the rays in the middle; the camera doesn't roll, so the columns add no rise
         first = int(np.searchsorted(-rows[:, 1], 0.01))
         depth = -eye[1] / rows[first:, None, 1]  # [rows, 1]
         x = eye[0] + depth * (rows[first:, None, 0] + columns[:, 0])
         z = eye[2] + depth * (rows[first:, None, 2] + columns[:, 2])
         return rows[:, 1], first, x, z, depth
 
-    def matrices(self, frame: int) -> tuple[list[float], list[float]]:
-        """View and projection, as pybullet takes them."""
-        eye, ahead = self.eye[frame], self.eye[frame] + self.forward[frame]
-        view = bullet.computeViewMatrix(eye.tolist(), ahead.tolist(), [0, 1, 0])
-        return view, bullet.computeProjectionMatrixFOV(2 * np.degrees(np.arctan(self.slope)), 1, NEAR, FAR)
-
 
 def light_direction(parameters: dict) -> np.ndarray:
     """Towards the light [3]."""
-    azimuth, elevation = np.radians(parameters["light"]) + np.radians([parameters["azimuth"][0], 0])
+    azimuth, elevation = np.radians(parameters["look"]["light"]) + np.radians([parameters["azimuth"][0], 0])
     return np.array([np.cos(elevation) * np.cos(azimuth), np.sin(elevation), np.cos(elevation) * np.sin(azimuth)])
 
 
-class Figure:
-    """A body of meshes in pybullet, one for each part, each fixed to a joint; it replaces the one before it."""
-
-    def __init__(self, body: dict, parameters: dict) -> None:
-        if not bullet.isConnected():
-            bullet.connect(bullet.DIRECT)
-        bullet.resetSimulation()
-        self.joints, self.bodies = [], []
-        for joint, colour, (vertices, normals, triangles) in parts(body, parameters):
-            shape = bullet.createVisualShape(
-                bullet.GEOM_MESH,
-                vertices=vertices.tolist(),
-                indices=triangles.tolist(),
-                normals=normals.tolist(),
-                rgbaColor=[*colour, 1],
-            )
-            self.joints.append(motion.NAMES.index(joint))
-            self.bodies.append(bullet.createMultiBody(0, baseVisualShapeIndex=shape))
-
-    def draw(
-        self,
-        camera: Camera,
-        frame: int,
-        positions: np.ndarray,
-        rotations: np.ndarray,
-        light: np.ndarray,
-        strength: tuple[float, float],
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The figure alone: float32 [FINE, FINE, 3] of 0 to 255, and where it is [FINE, FINE]."""
-        for joint, body in zip(self.joints, self.bodies, strict=True):
-            w, x, y, z = rotations[joint].tolist()
-            bullet.resetBasePositionAndOrientation(body, positions[joint].tolist(), [x, y, z, w])
-        ambient, diffuse = strength
-        view, projection = camera.matrices(frame)
-        _, _, rgb, _, owner = bullet.getCameraImage(
-            FINE, FINE, view, projection, renderer=bullet.ER_TINY_RENDERER, shadow=0, lightDirection=light.tolist(),
-            lightColor=[1, 1, 1], lightAmbientCoeff=ambient, lightDiffuseCoeff=diffuse, lightSpecularCoeff=0.05,
-        )  # fmt: skip
-        return rgb[..., :3].astype(np.float32), owner >= 0
-
-
-def parts(body: dict, parameters: dict) -> list[tuple[str, list[float], tuple]]:
-    """Joint, colour and mesh (in the joint's frame) of each part of the body."""
-    g, torso, head = body["girth"], body["torso"], body["head"]
-    thigh, shin = 0.422 * body["legs"], 0.410 * body["legs"]
-    upper, lower = 0.275 * body["arms"], 0.255 * body["arms"]
-    hips, shoulders = body["hips"], body["shoulders"]
-    shirt, trousers, skin, shoes, hair = (parameters[k] for k in ("shirt", "trousers", "skin", "shoes", "hair"))
-    forearm = shirt if parameters["sleeves"] == "long" else skin
-    calf = trousers if parameters["legs"] == "long" else skin
-    found = [
-        ("root", trousers, ball((0, 0.03, 0), (0.115 * g, 0.13, 0.155 * hips * g))),
-        ("root", shirt, ball((0, 0.16 * torso, 0), (0.11 * g, 0.16 * torso, 0.14 * g))),
-        ("chest", shirt, ball((0, 0.12 * torso, 0), (0.125 * g, 0.19 * torso, 0.185 * shoulders))),
-        ("neck", skin, limb(0.12, 0.05 * g, 0.045 * g, turned=True)),
-        ("neck", skin, ball((0.02, 0.16 * head, 0), (0.095 * head, 0.12 * head, 0.085 * head))),
-        ("neck", hair, ball((-0.018, 0.19 * head, 0), (0.1 * head, 0.105 * head, 0.092 * head))),
-        ("neck", skin, ball((0.115 * head, 0.15 * head, 0), (0.02, 0.03, 0.018))),
-    ]
-    for side in ("left", "right"):
-        found += [
-            (f"{side}_hip", trousers, limb(thigh, 0.085 * g, 0.06 * g)),
-            (f"{side}_knee", calf, limb(shin, 0.058 * g, 0.042 * g)),
-            (f"{side}_ankle", shoes, ball((0.055, -0.035, 0), (0.14, 0.05, 0.055))),
-            (f"{side}_shoulder", shirt, limb(upper, 0.06 * g, 0.045 * g)),
-            (f"{side}_elbow", forearm, limb(lower, 0.044 * g, 0.033 * g)),
-            (f"{side}_elbow", skin, ball((0, -lower - 0.03, 0), (0.04, 0.065, 0.035))),
-        ]
-    return found
-
-
-def ball(centre: tuple, radii: tuple) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """An ellipsoid: vertices [V, 3], normals [V, 3], triangles [3·N]."""
-    angle = np.linspace(0, np.pi, 9)
-    points, triangles = _turn(np.sin(angle), np.cos(angle))
-    return points * radii + np.asarray(centre), motion.normalise(points / radii), triangles
-
-
-def limb(length: float, top: float, bottom: float, turned: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A limb that hangs from the origin, round at both ends; `turned`, it stands on it. As `ball`."""
-    angle = np.concatenate([np.linspace(0, np.pi / 2, 4), np.linspace(np.pi / 2, np.pi, 4)])
-    radius = np.repeat([top, bottom], 4)
-    normals, triangles = _turn(np.sin(angle), np.cos(angle))
-    points, _ = _turn(np.sin(angle) * radius, np.cos(angle) * radius + np.repeat([0, -length], 4))
-    return points + ((0, length, 0) if turned else (0, 0, 0)), normals, triangles
-
-
-def _turn(radius: np.ndarray, height: np.ndarray, sides: int = 12) -> tuple[np.ndarray, np.ndarray]:
-    """A profile [R] turned about the y axis: points [R·sides, 3] and triangles."""
-    angle = np.arange(sides) * 2 * np.pi / sides
-    points = np.stack(
-        [np.outer(radius, np.cos(angle)), np.repeat(height[:, None], sides, 1), np.outer(radius, np.sin(angle))], -1
-    )
-    a = np.arange((len(radius) - 1) * sides)
-    b = a // sides * sides + (a + 1) % sides
-    triangles = np.stack([a, b, a + sides, b, b + sides, a + sides], axis=-1)
-    return points.reshape(-1, 3), triangles.reshape(-1)
+def shaken(parameters: dict, count: int) -> np.ndarray:
+    """How far the camera is off in each of `count` frames of a video, across and upwards [count, 2], in frames."""
+    slow, quick = parameters["look"]["shake"]
+    rng = np.random.default_rng(parameters["noise_seed"] + 1)
+    phase = np.arange(count)[:, None] / FPS * rng.uniform(0.5, 1.5, 2) + rng.uniform(0, 1, 2)
+    return slow * np.sin(2 * np.pi * phase) + quick * rng.standard_normal((count, 2))
 
 
 def shadow_of(points: np.ndarray, body: dict, light: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -283,84 +241,3 @@ def shadow_of(points: np.ndarray, body: dict, light: np.ndarray) -> tuple[np.nda
     names = list(BALLS)
     start, end = (flat[[names.index(bone[i]) for bone in BONES]] for i in (0, 1))
     return start, end, np.array([radius for _, _, radius in BONES]) * body["girth"]
-
-
-def compose(
-    parameters: dict,
-    camera: Camera,
-    frame: int,
-    figure: tuple[np.ndarray, np.ndarray],
-    shadow: tuple[np.ndarray, np.ndarray, np.ndarray],
-    light: np.ndarray,
-) -> np.ndarray:
-    """Sky, ground, shadow and figure in one frame, uint8 [SIZE, SIZE, 3]."""
-    slant, first, x, z, reach = camera.ground(frame)
-    sky = np.array(parameters["sky"], dtype=np.float32)
-    picture = np.empty((FINE, FINE, 3), dtype=np.float32)
-    picture[:] = (sky * (1 - 0.35 * np.clip(slant[:, None], 0, 1)))[:, None]
-    ambient, diffuse = parameters["light_strength"]
-    sun = diffuse * light[1]
-    one, two = (np.array(c, dtype=np.float32) for c in parameters["ground_colours"])
-    shade = np.float32(ambient + sun) - np.float32(0.8 * sun) * darkness(x, z, *shadow)
-    fog = np.clip((reach / np.float32(camera.distance) - 1.5) / 5, 0, 1)
-    share = ground(parameters, x, z)
-    for channel in range(3):
-        colour = (one[channel] + share * (two[channel] - one[channel])) * shade
-        picture[first:, :, channel] = colour + fog * (sky[channel] - colour)
-    picture = np.minimum(picture, 1) * 255
-    colours, mask = figure
-    picture[mask] = colours[mask]
-    four = picture[::2, ::2] + picture[1::2, ::2] + picture[::2, 1::2] + picture[1::2, 1::2]
-    return (four / 4 + 0.5).astype(np.uint8)
-
-
-def darkness(x: np.ndarray, z: np.ndarray, start: np.ndarray, end: np.ndarray, radii: np.ndarray) -> np.ndarray:
-    """How far points of the ground [...] lie in the shadow, 0 to 1."""
-    dark = np.zeros_like(x)
-    edges = 1.3 * radii[:, None]
-    low, high = np.minimum(start, end) - edges, np.maximum(start, end) + edges  # [S, 2]
-    near = np.nonzero((x > low[:, 0].min()) & (x < high[:, 0].max()) & (z > low[:, 1].min()) & (z < high[:, 1].max()))
-    x, z, found = x[near], z[near], dark[near]
-    for (ax, az), (bx, bz), radius in zip(start.tolist(), end.tolist(), radii.tolist(), strict=True):
-        dx, dz = bx - ax, bz - az
-        px, pz = x - ax, z - az
-        along = np.clip((px * dx + pz * dz) / (dx * dx + dz * dz + 1e-9), 0, 1)
-        away = np.sqrt((px - along * dx) ** 2 + (pz - along * dz) ** 2)
-        np.maximum(found, (1.3 * radius - away) / (0.6 * radius), out=found)
-    dark[near] = np.minimum(found, 1)
-    return dark
-
-
-def ground(parameters: dict, x: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """How much of the ground's second colour points [...] of it have, 0 to 1."""
-    turn, tile = np.radians(parameters["ground_turn"]), np.float32(parameters["tile"])
-    across, along = parameters["ground_offset"]
-    u = (np.float32(np.cos(turn)) * x + np.float32(np.sin(turn)) * z + np.float32(across)) / tile
-    v = (np.float32(np.cos(turn)) * z - np.float32(np.sin(turn)) * x + np.float32(along)) / tile
-    patches = np.sin(1.1 * u + 0.7 * v) * np.sin(0.6 * v - 0.9 * u + 1) * 0.25  # so that it never quite repeats
-    return np.clip(_PATTERNS[parameters["ground"]](u, v) * np.float32(0.8) + 0.1 + patches, 0, 1)
-
-
-def _bricks(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    row = np.floor(2 * v)
-    return np.minimum(_away(u + 0.5 * row), 0.5 * _away(2 * v)) > 0.04
-
-
-def _away(u: np.ndarray) -> np.ndarray:
-    """The distance to the next whole number."""
-    return np.abs(u - np.round(u))
-
-
-def _blotches(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    waves = np.sin(3.1 * u + 1.7 * np.sin(1.3 * v)) + np.sin(2.7 * v + 1.9 * np.sin(1.1 * u) + 2)
-    return np.clip(0.5 + waves, 0, 1)
-
-
-_PATTERNS = {
-    "checker": lambda u, v: (np.floor(u) + np.floor(v)) % 2,
-    "stripes": lambda u, v: np.floor(1.5 * u) % 2,
-    "bricks": _bricks,
-    "blotches": _blotches,
-    "dots": lambda u, v: np.hypot(_away(u), _away(v)) < 0.3,
-    "triangles": lambda u, v: (np.floor(u) + np.floor(v) + np.floor(u + v)) % 2,
-}

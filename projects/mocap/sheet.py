@@ -12,7 +12,8 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .variation import PARTS
+from .render import folder_of
+from .variation import SETS
 
 COLUMNS = 8
 LABEL = 12  # pixels of each row's title
@@ -24,9 +25,10 @@ def sheet(out: Path, part: str, number: int = 0) -> Image.Image:
     Raises:
         FileNotFoundError: there are no videos of that part.
     """
-    classes = sorted(p for p in (out / part).glob("*") if p.is_dir())
+    root = out / folder_of(part)
+    classes = sorted(p for p in root.glob("*") if p.is_dir())
     if not classes:
-        raise FileNotFoundError(f"{out / part} holds no classes; render the dataset first")
+        raise FileNotFoundError(f"{root} holds no classes; render the dataset first")
     rows = []
     for folder in classes:
         video = sorted(folder.glob("*.mp4"))[number]
@@ -48,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="the dataset's folder")
     parser.add_argument("picture", type=Path, help="the picture to write")
-    parser.add_argument("--split", default="train", choices=PARTS)
+    parser.add_argument("--split", default="train", choices=SETS)
     parser.add_argument("--number", type=int, default=0, help="which video of each class")
     args = parser.parse_args()
     sheet(args.out, args.split, args.number).save(args.picture)

@@ -6,12 +6,14 @@ between the values of training, and never from each other's. The README says wha
 
 from __future__ import annotations
 
-import colorsys
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
-PARTS = ("train", "val", "test")
+from .looks import STYLES, draw_look
+
+PARTS = ("train", "val", "test")  # of the dataset itself
+SETS = (*PARTS, "looks")  # and a second test set, of other looks from the views of training
 SIZE = 112  # pixels
 FPS = 15
 
@@ -27,7 +29,7 @@ class Range:
     def cells(self, part: str) -> list[tuple[float, float]]:
         """The cells of a part of the dataset, as (low, high)."""
         edges = np.linspace(self.low, self.high, len(self.owners) + 1)
-        letter = {"train": "t", "val": "v", "test": "e"}[part]
+        letter = {"train": "t", "val": "v", "test": "e", "looks": "t"}[part]
         return [(edges[i].item(), edges[i + 1].item()) for i, owner in enumerate(self.owners) if owner == letter]
 
     def draw(self, rng: np.random.Generator, part: str, count: int = 1) -> list[float]:
@@ -41,7 +43,7 @@ RANGES = {
     "azimuth": Range(30, 150, "ttvtettvtett"),  # degrees off the recording's forward axis, to either side
     "elevation": Range(4, 28, "ttvttett"),  # degrees
     "distance": Range(3, 7.2, "ttvtett"),  # metres; with `fill` it settles the field of view
-    "fill": Range(0.84, 0.98, "tvttett"),  # the longer side of the figure's bounding box over the video, in frames
+    "fill": Range(0.7, 0.98, "tvttett"),  # the longer side of the figure's bounding box over the video, in frames
     "speed": Range(0.85, 1.2, "tvttett"),
     "phase": Range(0, 1, "ttvttettvt"),  # where a cycle starts, or how early an action that happens once
     "shirt_hue": Range(0, 1, "ttvtettvtett"),
@@ -53,6 +55,7 @@ RANGES = {
 }
 DRIFTING = ("azimuth", "elevation")  # from one value to another of the same cell, over the video
 GROUNDS = {"train": ("checker", "stripes", "bricks", "blotches"), "val": ("dots",), "test": ("triangles",)}
+GROUNDS["looks"] = GROUNDS["train"]
 SECONDS = (1.8, 2.4)  # a video's length
 
 
@@ -110,49 +113,32 @@ def describe() -> dict:
         "seconds": list(SECONDS),
         "classes": list(CLASSES),
         "actions": {name: asdict(action) for name, action in ACTIONS.items()},
-        "ranges": {name: {part: r.cells(part) for part in PARTS} for name, r in RANGES.items()},
+        "ranges": {name: {part: r.cells(part) for part in SETS} for name, r in RANGES.items()},
         "grounds": {part: list(grounds) for part, grounds in GROUNDS.items()},
+        "styles": {part: list(styles) for part, styles in STYLES.items()},
     }
 
 
 def draw(seed: int, part: str, action: str, number: int) -> dict:
     """The parameters of one video: a function of its four arguments alone, as plain numbers, strings and lists."""
-    rng = np.random.default_rng([seed, PARTS.index(part), CLASSES.index(action), number])
+    rng = np.random.default_rng([seed, SETS.index(part), CLASSES.index(action), number])
 
     def uniform(low: float, high: float) -> float:
         return round(rng.uniform(low, high), 4)
 
-    def colour(hue: float, saturation: tuple[float, float], value: tuple[float, float]) -> list[float]:
-        return [round(c, 4) for c in colorsys.hsv_to_rgb(hue, rng.uniform(*saturation), rng.uniform(*value))]
-
     held = {name: values.draw(rng, part)[0] for name, values in RANGES.items() if name not in DRIFTING}
     side = int(rng.choice([-1, 1]))
-    grounds = rng.uniform(0.12, 0.22) + np.array([0, rng.uniform(0.06, 0.12)])
-    fair, deep = np.array([0.96, 0.78, 0.66]), np.array([0.36, 0.22, 0.15])
     return {
         "action": action,
         **held,
+        "aim": [uniform(-0.03, 0.03), uniform(-0.03, 0.03)],  # the figure's offset from the middle, in frames
         "azimuth": [side * a for a in RANGES["azimuth"].draw(rng, part, 2)],  # at the start and at the end
         "elevation": RANGES["elevation"].draw(rng, part, 2),
         "seconds": uniform(*SECONDS),
         "mirror": bool(rng.integers(2)),
-        "aim": [uniform(-0.03, 0.03), uniform(-0.03, 0.03)],  # the figure's offset from the middle, in frames
-        "shirt": colour(held["shirt_hue"], (0.2, 0.8), (0.7, 1.0)),
-        "trousers": colour(held["trousers_hue"], (0.2, 0.8), (0.7, 1.0)),
-        "shoes": colour(uniform(0, 1), (0, 0.6), (0.5, 1)),
-        "hair": colour(uniform(0.03, 0.13), (0.2, 0.7), (0.05, 0.6)),
-        "skin": (fair + held["skin_tone"] * (deep - fair)).round(4).tolist(),
-        "sleeves": ["long", "short"][rng.integers(2)],
-        "legs": ["long", "short"][rng.integers(2)],
-        "ground": str(rng.choice(GROUNDS[part])),
-        "ground_colours": [colour(held["ground_hue"], (0.05, 0.4), (value, value)) for value in grounds],
-        "ground_turn": uniform(0, 90),  # degrees
-        "ground_offset": [uniform(0, 10), uniform(0, 10)],  # metres
-        "sky": colour(held["sky_hue"], (0.0, 0.4), (0.1, 0.3)),
-        "light": [uniform(-180, 180), uniform(35, 75)],  # azimuth off the camera's, elevation, in degrees
-        "light_strength": [uniform(0.4, 0.6), uniform(0.4, 0.7)],  # ambient, diffuse
         "body": {name: uniform(0.92, 1.08) for name in ("torso", "arms", "legs", "shoulders", "hips")}
         | {"girth": uniform(0.85, 1.25), "head": uniform(0.95, 1.15)},
         "noise": uniform(1, 4),  # degrees, of each joint
         "noise_seed": int(rng.integers(2**31)),
+        "look": draw_look(rng, part, held, str(rng.choice(GROUNDS[part]))),
     }

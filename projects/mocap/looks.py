@@ -113,6 +113,7 @@ def draw_look(rng: np.random.Generator, part: str, drawn: dict, pattern: str) ->
         "picture_size": uniform(1.5, 5),  # metres
         "picture_mix": uniform(0.4, 1),
         "occluders": [_occluder(rng) for _ in range(in_front)],
+        "others": [_occluder(rng) for _ in range(in_front if rng.random() < 0.5 else 0)],  # the same, behind
         "shake": [hard * sometimes(0.3, 0.005, 0.03), hard * sometimes(0.2, 0.002, 0.008)],  # frames: slow, quick
         "back_blur": hard * sometimes(0.3, 0.5, 2),  # pixels
         "blur": hard * sometimes(0.25, 0.3, 0.9),  # pixels

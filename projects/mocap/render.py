@@ -48,6 +48,7 @@ def render(out: Path, seed: int, counts: dict[str, int], workers: int, pictures:
     write_index(out / "dataset.json", about | {"videos": videos})
     missing = [(out / name, parameters, part_of(name)) for name, parameters in videos.items()]
     missing = [job for job in missing if not job[0].exists()]
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # a worker is to take one core
     with get_context("spawn").Pool(workers, _start, (pictures,), maxtasksperchild=400) as pool:
         done = pool.imap_unordered(_render_one, missing, chunksize=4)
         for _ in tqdm(done, total=len(videos), initial=len(videos) - len(missing), unit="video"):

@@ -64,6 +64,8 @@ def frames(parameters: dict, videos: Sequence[Path] = ()) -> np.ndarray:
     drawn = cast(made_of, camera, positions, rotations, light, FINE)
     background = Background(parameters, camera, points, light, videos)
     behind = np.stack([background.draw(i, shadow_of(points[i], body, light)) for i in range(len(times))])
+    for other in look["others"]:
+        effects.cover(behind, other)
     if look["back_blur"]:
         behind = effects.through(effects.blur(SIZE, look["back_blur"]), behind)
     figure = effects.through(effects.resize(FINE, SIZE), paint(drawn, made_of, look))

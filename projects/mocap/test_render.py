@@ -227,7 +227,7 @@ def test_ground_and_wall_are_seen_by_the_figures_camera():
 @pytest.mark.parametrize("surface", ["plain", "grain", "pattern", "picture"])
 def test_videos_of_every_surface_and_setting(setting, surface):
     drawn = draw(0, "train", "kick", 0)
-    changed = {"setting": setting, "ground": surface, "wall": surface, "easy": False}
+    changed = {"setting": setting, "ground": surface, "wall": surface}
     video = frames(drawn | {"seconds": 0.4, "look": drawn["look"] | changed})
     assert video.shape == (round(0.4 * FPS), SIZE, SIZE, 3)
     assert video.dtype == np.uint8
@@ -249,10 +249,11 @@ EFFECTS = {
     "letterbox": [0.1, True],
     "false_colours": 1,
     **{
-        f"occluders {kind}": [
+        f"{where} {kind}": [
             {"kind": kind, "place": [0.1, 0.0], "motion": [0.2, 0.0], "turn": 10.0, "width": [0.03, 0.06], "gap": 0.2}
             | {"colour": [1.0, 0.0, 0.5], "opacity": 0.8}
         ]
+        for where in ("occluders", "others")
         for kind in ("bar", "fence", "blob")
     },
 }
@@ -262,7 +263,16 @@ EFFECTS = {
 @pytest.mark.parametrize("name", EFFECTS)
 def test_each_effect_changes_the_picture_and_keeps_its_form(name):
     drawn = draw(0, "train", "kick", 0) | {"seconds": 0.4}
-    none = {"occluders": [], "shake": [0, 0], "back_blur": 0, "blur": 0, "lines": 1, "noise": 0, "gains": [1, 1, 1]}
+    none = {
+        "occluders": [],
+        "others": [],
+        "shake": [0, 0],
+        "back_blur": 0,
+        "blur": 0,
+        "lines": 1,
+        "noise": 0,
+        "gains": [1, 1, 1],
+    }
     none |= {"gamma": 1, "grey": False, "flicker": 0, "vignette": 0, "blend": 0, "letterbox": [0, False]}
     look = drawn["look"] | none | {"setting": "wall", "wall": "picture", "ground": "pattern", "false_colours": None}
     plain = frames(drawn | {"look": look})

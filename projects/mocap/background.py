@@ -71,8 +71,9 @@ class Background:
         shown[:] = (horizon + np.clip(1.5 * slant[:, None], 0, 1) * (overhead - horizon))[:, None]
         if not self.alone:
             colour = self._surface(look["ground"], "ground", *self._turned(x, z))
-            shade = np.float32(ambient + sun) - np.float32(look["shadow"] * sun) * darkness(x, z, *shadow)
-            colour *= shade[..., None] * level
+            colour *= np.float32(ambient + sun) * level
+            if look["shadow"]:
+                colour *= 1 - np.float32(look["shadow"] * sun / (ambient + sun)) * darkness(x, z, *shadow)[..., None]
             fog = np.float32(look["fog"]) * np.clip((reach / np.float32(camera.distance) - 1.5) / 5, 0, 1)
             shown[first:] = colour + fog[..., None] * (horizon - colour)
         if look["setting"] != "sky":

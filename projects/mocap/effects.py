@@ -88,6 +88,7 @@ def blur(size: int, sigma: float) -> np.ndarray:
     """A Gaussian blur of so many pixels, as a matrix [size, size] for rows and for columns."""
     away = np.arange(size) - np.arange(size)[:, None]
     weight = np.exp(-((away / max(sigma, 1e-3)) ** 2) / 2)
+    weight[weight < 1e-6] = 0  # processors are slow with the tiniest numbers
     return (weight / weight.sum(axis=1, keepdims=True)).astype(np.float32)
 
 

@@ -19,7 +19,7 @@ from .bodies import parts
 from .figure import NOTHING, cast
 from .looks import PALETTE, SHAPES, STYLES
 from .render import encode, picture_videos, render
-from .scene import FINE, Camera, followed, frames, light_direction, outline, paint, pose
+from .scene import FINE, Camera, followed, frames, light_direction, outline, paint, pose, shrink
 from .variation import CLASSES, FPS, GROUNDS, PARTS, RANGES, SETS, SIZE, Range, draw
 
 needs_pybullet = pytest.mark.skipif(
@@ -280,6 +280,13 @@ def test_each_effect_changes_the_picture_and_keeps_its_form(name):
     assert (changed.shape, changed.dtype) == (plain.shape, plain.dtype)
     moved = np.abs(changed.astype(int) - plain).mean(axis=(1, 2, 3))
     assert (moved[1:] > 0.2).all()  # a blend leaves the first frame as it is
+
+
+def test_shrinking_averages_what_a_pixel_covers():
+    pictures = np.random.default_rng(0).random((2, 9, 9, 4), dtype=np.float32)
+    doubled = pictures.repeat(2, axis=1).repeat(2, axis=2)  # 18 × 18, of which 3 × 3 make a pixel
+    wanted = doubled.reshape(2, 6, 3, 6, 3, 4).mean(axis=(2, 4))
+    np.testing.assert_allclose(shrink(pictures), wanted, rtol=1e-6)
 
 
 def test_resizing_and_blurring_keep_what_is_even():

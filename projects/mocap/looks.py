@@ -138,8 +138,7 @@ def _contrast(rng: np.random.Generator, style: str, drawn: dict) -> str:
         return str(rng.choice(["light", "dark"]))
     hues = [(drawn[a] - drawn[b]) % 1 for a in ("shirt_hue", "trousers_hue") for b in ("ground_hue", "sky_hue")]
     far = all(0.17 < hue < 0.83 for hue in hues)
-    found = str(rng.choice(["light", "dark", "free", "hue"], p=(0.25, 0.3, 0.25, 0.2)))
-    return found if found != "hue" or far else "dark"
+    return str(rng.choice(["light", "dark", "free", "hue"], p=(0.2, 0.2, 0.2, 0.4) if far else (0.3, 0.4, 0.3, 0)))
 
 
 def _apart(rng: np.random.Generator) -> tuple:

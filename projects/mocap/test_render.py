@@ -250,7 +250,7 @@ EFFECTS = {
     "false_colours": 1,
     **{
         f"{where} {kind}": [
-            {"kind": kind, "place": [0.1, 0.0], "motion": [0.2, 0.0], "turn": 10.0, "width": [0.03, 0.06], "gap": 0.2}
+            {"kind": kind, "place": [0.38, 0.35], "motion": [0.1, 0.0], "turn": 10.0, "width": [0.03, 0.06], "gap": 0.2}
             | {"colour": [1.0, 0.0, 0.5], "opacity": 0.8}
         ]
         for where in ("occluders", "others")

@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from etmamba_timm.data import find_layout, read_dataset, read_frames
 from etmamba_timm.ops.kernels import build_gpu, load_cpu
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -166,3 +167,19 @@ def test_kinds_of_kernels(load):
         "void at::native::reduce_kernel<512, 1, ReduceOp<float> >": "other",
     }.items():
         assert kind_of(name) == kind, name
+
+
+def test_generated_clips_are_a_dataset(load, tmp_path):
+    """Drawn anew from the seed, with a class for each motion; those of one class differ."""
+    finetune = load("finetune")
+    first, again, other = (
+        finetune.write_clips(tmp_path / name, 2, seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    videos = read_dataset(find_layout(first), first)
+    assert videos.classes == list(finetune.KINDS)
+    assert len(videos.samples) == 2 * len(finetune.KINDS)
+    for path, _ in videos.samples:
+        frames = read_frames(path, range(24))
+        assert torch.equal(frames, read_frames(again / path.relative_to(first), range(24)))
+        assert not torch.equal(frames, read_frames(other / path.relative_to(first), range(24)))
+        assert (frames.float().std(0) > 20).any()  # something moves

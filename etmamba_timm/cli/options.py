@@ -44,13 +44,18 @@ def add_model(parser: argparse.ArgumentParser, views: bool = True, default: str 
         parser.add_argument("--num-crops", type=int, choices=(1, 3), default=1, help="crops per clip (default 1)")
     else:
         parser.set_defaults(num_clips=1, num_crops=1)
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, … (default: cuda if available, else cpu)")
+    add_device(parser)
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="autocast's dtype (default float32: no autocast)"
     )
     parser.add_argument(
         "--allow-untrained", action="store_true", help="allow a model without trained weights; its results are random"
     )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Adds --device."""
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, … (default: cuda if available, else cpu)")
 
 
 def add_compile(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +71,7 @@ def add_dataset(parser: argparse.ArgumentParser) -> None:
     """Adds arguments for a dataset of videos."""
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the folder of the videos")
     layouts = "folders, list, kinetics, ssv2, hmdb51, breakfast or huggingface"  # data.LAYOUTS without importing it
-    parser.add_argument("--dataset", metavar="LAYOUT", help=f"layout of the dataset: {layouts}")
+    parser.add_argument("--dataset", metavar="LAYOUT", help=f"layout of the dataset: {layouts} (default: found out)")
     parser.add_argument(
         "--annotations", type=Path, metavar="DIR", help="the folder of the annotation files (default: DATA)"
     )
@@ -88,9 +93,9 @@ def batch_size(args: argparse.Namespace, model: "EtMamba") -> int:
 
 def eval_clips(args: argparse.Namespace, model: "EtMamba") -> "EvalClips":
     """The dataset chosen by the arguments of `add_dataset` and --subset, in the model's clips and classes."""
-    from ..data import EvalClips, EvalTransform, read_dataset, with_classes
+    from ..data import EvalClips, EvalTransform, find_layout, read_dataset, with_classes
 
-    layout, split = args.dataset or "folders", args.split or 1
+    layout, split = args.dataset or find_layout(args.data, args.annotations), args.split or 1
     annotations = read_dataset(layout, args.data, args.subset, split=split, annotations=args.annotations)
     names = model.pretrained_cfg.get("label_names") or ()
     if names and len(names) == model.num_classes:
@@ -104,13 +109,10 @@ def eval_clips(args: argparse.Namespace, model: "EtMamba") -> "EvalClips":
     return EvalClips(annotations, transform, model.clip, args.num_clips, args.num_crops)
 
 
-def set_up(args: argparse.Namespace, need_classifier: bool) -> "tuple[EtMamba, ViewOptions]":
-    """Loads the model onto its device; returns it, and the options of `predict` and `extract_features`."""
+def check_device(device: str) -> None:
+    """Raises ValueError unless the device can be used."""
     import torch
 
-    from ..predict import load_model
-
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
         if torch.device(device).type == "meta":
@@ -118,6 +120,16 @@ def set_up(args: argparse.Namespace, need_classifier: bool) -> "tuple[EtMamba, V
     except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:  # as a missing device raises
         reason = str(error).splitlines()[0].partition(". ")[0]
         raise ValueError(f"device {device!r} can't be used here ({reason}); use cpu, or cuda if available") from None
+
+
+def set_up(args: argparse.Namespace, need_classifier: bool) -> "tuple[EtMamba, ViewOptions]":
+    """Loads the model onto its device; returns it, and the options of `predict` and `extract_features`."""
+    import torch
+
+    from ..predict import load_model
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
     model = load_model(
         args.model, args.checkpoint, allow_untrained=args.allow_untrained, need_classifier=need_classifier
     )
@@ -233,9 +245,10 @@ def extra(name: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        if (error.name or "").startswith("etmamba_timm"):
+        package = (error.name or "").partition(".")[0]
+        if package == "etmamba_timm":
             raise
-        raise ValueError(f"{error.name} isn't installed; pip install 'etmamba-timm[{name}]'") from error
+        raise ValueError(f"{package} isn't installed; pip install 'etmamba-timm[{name}]'") from error
 
 
 def is_first_process() -> bool:

@@ -1,17 +1,23 @@
 """`etmamba train` and `eval`."""
 
 import argparse
+import contextlib
 import json
 import logging
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .options import (
     add_batches,
     add_compile,
     add_dataset,
+    add_device,
     add_model,
     batch_size,
+    check_device,
     eval_clips,
     extra,
     is_first_process,
@@ -20,11 +26,20 @@ from .options import (
     set_up,
 )
 
+if TYPE_CHECKING:
+    from ..data import Annotations
+
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Adds the parsers of this module's commands."""
     train = commands.add_parser("train", help="train a model on a dataset of videos, or resume a run")
-    train.add_argument("--recipe", default="k400", metavar="NAME", help="k400, ssv2, hmdb51, breakfast, or a YAML file")
+    text = "finetune (default), the paper's k400, ssv2, hmdb51 or breakfast, or a YAML file"
+    train.add_argument("--recipe", default="finetune", metavar="NAME", help=text)
+    train.add_argument("--model", help="the model's name (default: the recipe's)")
+    train.add_argument(
+        "--checkpoint", type=Path, help="weights to start from: .safetensors or .pth, ours or VideoMamba's"
+    )
+    add_device(train)
     train.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="override settings of the recipe"
     )
@@ -35,13 +50,16 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     train.add_argument("--trackers", nargs="+", default=["tensorboard"], metavar="NAME", help=text)
     text = "train the classifier alone, on features computed once (the folder gets the model, and can't be resumed)"
     train.add_argument("--probe", choices=["linear"], help=text)
+    train.add_argument("--dry-run", action="store_true", help="say what the run would do, and stop")
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("eval", help="measure a model's accuracy on a dataset of videos")
     add_model(evaluate)
     add_compile(evaluate)
     add_dataset(evaluate)
-    evaluate.add_argument("--subset", default="val", help="train, val or test (default val)")
+    text = "train, val or test (default val); of a folder DATA/CLASS/*, all videos (for those that a run held out, add "
+    text += "--dataset list --annotations RUN/split)"
+    evaluate.add_argument("--subset", default="val", help=text)
     add_batches(evaluate)
     evaluate.add_argument(
         "--scores", type=Path, metavar="FILE", help="write the scores of all videos to a safetensors file"
@@ -51,35 +69,58 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    import torch
     import torch.distributed as dist
 
-    from ..data import read_dataset
+    is_ours = not dist.is_initialized()  # accelerate starts a process group, and keeps it for a next run
+    with _on_device(args.device):
+        metrics = _run(args)
+    if is_ours and dist.is_initialized():
+        dist.destroy_process_group()
+    if metrics and is_first_process():
+        print(_accuracies(metrics))
+        print(f"model: {args.output / 'model'}")
+    return 0
+
+
+def _run(args: argparse.Namespace) -> dict[str, float]:
+    """Says what the run will do, and does it; returns its metrics, or nothing with --dry-run."""
+    import torch
+
+    from ..data import find_layout, write_split
 
     with extra("train"):
+        from ..training.plan import make_plan, settle
         from ..training.probe import linear_probe
-        from ..training.recipe import load_recipe, parse_overrides
+        from ..training.recipe import parse_overrides, read_settings
         from ..training.train import train
-    options = {"dataset": args.dataset, "split": args.split}
-    settings = parse_overrides(args.set) | {name: value for name, value in options.items() if value is not None}
-    recipe = load_recipe(args.recipe, **settings)
-    train_set, val_set = (
-        read_dataset(recipe.dataset, args.data, subset, split=recipe.split, annotations=args.annotations)
-        for subset in ("train", "val")
-    )
+    given = {"dataset": args.dataset, "split": args.split, "model": args.model}
+    given["checkpoint"] = args.checkpoint and str(args.checkpoint)
+    settings = parse_overrides(args.set) | {name: value for name, value in given.items() if value is not None}
+    settings = read_settings(args.recipe, **settings)
+    settings["dataset"] = settings.get("dataset") or find_layout(args.data, args.annotations)
+    train_set, val_set, lists = _datasets(args, settings)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    recipe = settle(settings, train_set, processes)
+    plan = make_plan(recipe, train_set, val_set, processes)
     if is_first_process():
+        for name, text in [("data", f"{args.data} ({recipe.dataset})"), *plan.facts]:
+            print(f"{name:8} {text}", flush=True)
+        for text in plan.warnings:
+            print(f"etmamba: warning: {text}", file=sys.stderr)
         logging.getLogger("etmamba_timm").setLevel(logging.INFO)
+    if args.dry_run:
+        return {}
     if args.probe:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         shown = sys.stderr.isatty()
         metrics = linear_probe(
             recipe, train_set, val_set, args.output, device=device, workers=args.workers, progress=shown
         )
-        print(_accuracies(metrics))
-        print(f"model: {args.output / 'model'}")
-        return 0
-    is_ours = not dist.is_initialized()  # accelerate starts a process group, and keeps it for a next run
-    metrics = train(
+    if lists is not None and is_first_process():  # after a probe, which wants an empty folder
+        write_split(lists, args.data, train_set, val_set)
+    if args.probe:
+        return metrics
+    return train(
         recipe,
         train_set,
         val_set,
@@ -89,12 +130,47 @@ def _train(args: argparse.Namespace) -> int:
         progress=sys.stderr.isatty(),
         trackers=args.trackers,
     )
-    if is_ours and dist.is_initialized():
-        dist.destroy_process_group()
-    if is_first_process():
-        print(_accuracies(metrics))
-        print(f"model: {args.output / 'model'}")
-    return 0
+
+
+def _datasets(args: argparse.Namespace, settings: dict) -> "tuple[Annotations, Annotations, Path | None]":
+    """The videos for training and for validation. One folder of classes is split, and the split stays the run's.
+
+    Returns: the videos, and the folder that a new split is to be written into.
+    """
+    from ..data import is_one_folder, read_dataset, read_split, split_videos
+    from ..training.run_folder import RUN_FILE, SPLIT, RunFolder
+
+    layout, run = settings["dataset"], RunFolder(args.output)
+    if layout != "folders" or not is_one_folder(args.data):
+        split = settings.get("split", 1)
+        train_set, val_set = (
+            read_dataset(layout, args.data, subset, split=split, annotations=args.annotations)
+            for subset in ("train", "val")
+        )
+        return train_set, val_set, None
+    run.check()
+    videos = read_dataset(layout, args.data)
+    if (run / RUN_FILE).exists() and (run / SPLIT).exists():
+        return *read_split(run / SPLIT, args.data, videos.classes), None
+    return *split_videos(videos, settings.get("seed", 0)), run / SPLIT
+
+
+@contextlib.contextmanager
+def _on_device(device: str | None) -> Iterator[None]:
+    """Names the device to accelerate, which takes it from the environment."""
+    if device is None:
+        yield
+        return
+    check_device(device)
+    name = "ACCELERATE_USE_CPU" if device == "cpu" else "ACCELERATE_TORCH_DEVICE"
+    before = os.environ.get(name)
+    os.environ[name] = "true" if device == "cpu" else device
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def _evaluate(args: argparse.Namespace) -> int:

@@ -17,9 +17,10 @@ from .embedded import EmbeddedVideo
 from .ffmpeg import VideoError
 from .frames import FrameFolder, open_video, probe, read_frames
 from .huggingface import read_huggingface
-from .layouts import LAYOUTS, SUBSETS, read_dataset, with_classes
+from .layouts import LAYOUTS, SUBSETS, find_layout, is_one_folder, read_dataset, with_classes
 from .lists import read_list
 from .sampling import draw_clip, fixed_clips, random_clip, random_segments, sample_clips, sample_segments
+from .split import read_split, split_videos, write_split
 from .transforms import EvalTransform
 from .video import VideoInfo, VideoReader
 
@@ -41,7 +42,9 @@ __all__ = [
     "Views",
     "collate",
     "draw_clip",
+    "find_layout",
     "fixed_clips",
+    "is_one_folder",
     "open_video",
     "probe",
     "random_clip",
@@ -55,8 +58,11 @@ __all__ = [
     "read_huggingface",
     "read_kinetics",
     "read_list",
+    "read_split",
     "read_ssv2",
     "sample_clips",
     "sample_segments",
+    "split_videos",
     "with_classes",
+    "write_split",
 ]

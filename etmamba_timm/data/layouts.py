@@ -1,9 +1,11 @@
-"""Reads a part of a dataset, given the name of its layout and its folder."""
+"""Reads a part of a dataset, given the name of its layout and its folder; finds the layout of a folder."""
 
-from collections.abc import Sequence
+import csv
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .annotations import (
+    BREAKFAST,
     AnnotationError,
     Annotations,
     class_folders,
@@ -14,6 +16,8 @@ from .annotations import (
     read_hmdb51,
     read_kinetics,
     read_ssv2,
+    read_text,
+    video_files,
 )
 from .huggingface import classes_in, load_huggingface, read_huggingface
 from .lists import PARTS, list_classes, read_list
@@ -29,7 +33,7 @@ def read_dataset(
 
     Args:
         layout: a name of `LAYOUTS`:
-            'folders': `root/<subset>/<class>/*.mp4`.
+            'folders': `root/<subset>/<class>/*.mp4`, or `root/<class>/*.mp4`, where every subset is all videos.
             'list': `<subset>.csv` or `.txt`, lines `video,label`; videos below `root`.
             'kinetics': `<subset>.csv` as published.
             'ssv2': labels.json, train.json, validation.json, with or without 'something-something-v2-' before.
@@ -49,6 +53,43 @@ def read_dataset(
     if subset not in SUBSETS:
         raise AnnotationError(f"no subset {subset!r}; there are {', '.join(SUBSETS)}")
     return LAYOUTS[layout](Path(root), Path(annotations or root), subset, split)
+
+
+def find_layout(root: str | Path, annotations: str | Path | None = None) -> str:
+    """The layout of a dataset, by the files in its folders; arguments as in `read_dataset`.
+
+    Files of annotations, in the folder or one below, come before folders of classes.
+
+    Raises:
+        AnnotationError: no layout is recognised, or several are.
+    """
+    root, lists = Path(root), Path(annotations or root)
+    for folder in (root, lists):
+        if not folder.is_dir():
+            raise AnnotationError(f"{folder} is no folder")
+    found = [(layout, file) for layout, file in _signs(root, lists) if file is not None]
+    if len(found) > 1:
+        held = " and ".join(f"{file} ({layout})" for layout, file in found)
+        raise AnnotationError(f"{root} may be one of several datasets, as it has {held}; choose one by --dataset")
+    if found:
+        return found[0][0]
+    if any(video_files(root / name) for name in class_folders(root)):
+        return "folders"
+    raise AnnotationError(
+        f"{root} isn't recognised as a dataset. Looked for videos in {root}/<class>/ or {root}/train/<class>/ and "
+        "val/<class>/; lists train.csv or train.txt; the files of Kinetics (train.csv), Something-Something V2 "
+        "(labels.json), HMDB-51 (<class>_test_split1.txt), Breakfast (P03/cam01/P03_cereals.avi); and a dataset of "
+        "Hugging Face's. Give another folder, the folder of the lists (--annotations), or the layout (--dataset)"
+    )
+
+
+def is_one_folder(root: str | Path) -> bool:
+    """Whether a dataset of the layout 'folders' has no folders for its parts: `root/<class>/*.mp4`."""
+    parts = {name for names in PARTS.values() for name in names}
+    folders = class_folders(Path(root))
+    return bool(set(folders) - parts) and not any(
+        class_folders(Path(root, name)) for name in parts.intersection(folders)
+    )
 
 
 def with_classes(annotations: Annotations, classes: Sequence[str]) -> Annotations:
@@ -75,9 +116,14 @@ def with_classes(annotations: Annotations, classes: Sequence[str]) -> Annotation
 
 
 def _folders(root: Path, annotations: Path, subset: str, split: int) -> Annotations:
+    if root.is_dir() and is_one_folder(root):
+        return read_folders(root)
     folder = next((root / name for name in PARTS[subset] if (root / name).is_dir()), None)
     if folder is None:
-        raise AnnotationError(f"{root} has no folder {subset!r}; wanted {root}/{subset}/<class>/<video>.mp4")
+        raise AnnotationError(
+            f"{root} has no folder {subset!r}; wanted {root}/{subset}/<class>/<video>.mp4, or one folder of classes, "
+            "which `train` splits itself"
+        )
     train = root / "train"
     classes = class_folders(train) if train.is_dir() else None
     own = class_folders(folder)
@@ -140,6 +186,34 @@ LAYOUTS = {
     "breakfast": _breakfast,
     "huggingface": _huggingface,
 }
+
+
+def _signs(root: Path, annotations: Path) -> Iterator[tuple[str, Path | None]]:
+    """Layouts and the file by which each is recognised, or None."""
+    folders = [annotations, *(annotations / name for name in class_folders(annotations))]
+    files = sorted((p for folder in folders for p in folder.iterdir() if p.is_file()), key=lambda p: len(p.parts))
+
+    def first(*endings: str) -> Path | None:
+        return next((file for file in files if file.name.endswith(endings)), None)
+
+    lists = [f"{name}{suffix}" for part in ("train", "val") for name in PARTS[part] for suffix in LIST_SUFFIXES]
+    listed = next((file for file in files if file.name in lists), None)
+    is_kinetics = listed is not None and listed.suffix == ".csv" and _has_header(listed, "youtube_id")
+    yield "ssv2", first("labels.json") and first("train.json", "validation.json")
+    yield "hmdb51", first("_test_split1.txt")
+    yield "kinetics", listed if is_kinetics else None
+    yield "list", None if is_kinetics else listed
+    yield "huggingface", first("dataset_dict.json", "state.json", ".parquet", "metadata.jsonl", "metadata.csv")
+    yield "breakfast", next(_breakfast_videos(root), None)
+
+
+def _has_header(file: Path, column: str) -> bool:
+    return column in next(csv.reader(read_text(file).splitlines()), [])
+
+
+def _breakfast_videos(root: Path) -> Iterator[Path]:
+    for person in root.glob("P[0-9][0-9]"):
+        yield from (p for p in video_files(person) if p.stem.removesuffix("_ch0").rpartition("_")[2] in BREAKFAST)
 
 
 def _find(folder: Path, names: list[str]) -> Path:

@@ -21,6 +21,8 @@ SET_ELSEWHERE = {
     "checkpoint_path": "set checkpoint",
     "num_classes": "the dataset decides it",
 }
+AUTO = "auto"  # a value that the model or the data decides
+EPOCH_UPDATES = "epoch_updates"  # a setting that decides `repeat`
 PRECISIONS = ("no", "bf16", "fp16")
 
 
@@ -49,7 +51,9 @@ class Recipe:
         batch_size: clips per update and process.
         accumulate: number of parts that a batch is split into (gradient accumulation), to save memory.
         opt, opt_args: timm's name of the optimiser, and further arguments of timm's `create_optimizer_v2`.
-        lr, min_lr, warmup_lr: learning rates for 256 clips per update, scaled linearly to the actual number.
+        repeat: random clips of each video in an epoch.
+        scale_lr: whether learning rates are for 256 clips per update, and are scaled linearly to the actual number.
+        lr, min_lr, warmup_lr: learning rates.
         weight_decay, betas: of the optimiser.
         layer_decay: factor of the learning rate from each block to the one before it; 1 for none.
         clip_grad: maximum norm of the gradient; 0 for no limit.
@@ -81,11 +85,13 @@ class Recipe:
     size: int | tuple[int, int] = 224
     epochs: int = 30
     warmup_epochs: float = 1
+    repeat: int = 1
     balance: float = 0.0
     batch_size: int = 64
     accumulate: int = 1
     opt: str = "adamw"
     opt_args: dict = field(default_factory=dict)
+    scale_lr: bool = True
     lr: float = 3e-4
     min_lr: float = 1e-6
     warmup_lr: float = 1e-6
@@ -116,7 +122,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for f in fields(self):
             object.__setattr__(self, f.name, _converted(f.name, f.type, getattr(self, f.name)))
-        for name in ("epochs", "batch_size", "accumulate", "num_clips", "eval_epochs", "split"):
+        for name in ("epochs", "repeat", "batch_size", "accumulate", "num_clips", "eval_epochs", "split"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if clash := [f"{name} ({instead})" for name, instead in SET_ELSEWHERE.items() if name in self.model_args]:
@@ -166,8 +172,8 @@ class Recipe:
         return Clip(self.num_frames, self.stride)  # type: ignore[arg-type]  # Clip checks it
 
     def scaled(self, rate: float, processes: int) -> float:
-        """Scales a learning rate for 256 clips per update to the batch of all processes."""
-        return rate * self.batch_size * processes / 256
+        """A learning rate for the batch of all processes."""
+        return rate * self.batch_size * processes / 256 if self.scale_lr else rate
 
     def to_yaml(self) -> str:
         """All settings as YAML, for `load_recipe`."""
@@ -181,7 +187,7 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name: str | Path = "k400", **overrides) -> Recipe:
-    """Loads a recipe.
+    """Loads a recipe without open values; see `etmamba_timm.training.plan.settle` for one with them.
 
     Args:
         name: the name of one of the package's recipes, or a YAML file.
@@ -192,6 +198,17 @@ def load_recipe(name: str | Path = "k400", **overrides) -> Recipe:
     Raises:
         RecipeError: an unknown recipe or setting, or an invalid value.
     """
+    settings = read_settings(name, **overrides)
+    if left_open := [key for key, value in settings.items() if value == AUTO or key == EPOCH_UPDATES]:
+        raise RecipeError(
+            f"{name} leaves {', '.join(left_open)} to the model and the data, as `etmamba train` settles them; call "
+            "etmamba_timm.training.plan.settle, or give values"
+        )
+    return Recipe(**settings)
+
+
+def read_settings(name: str | Path, **overrides) -> dict:
+    """The settings of a recipe as they are written, some perhaps open (`AUTO`). Otherwise as `load_recipe`."""
     if str(name) in recipe_names():
         text = files(__package__).joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
     elif Path(name).is_file():
@@ -206,9 +223,9 @@ def load_recipe(name: str | Path = "k400", **overrides) -> Recipe:
         raise RecipeError(f"{name} contains a {type(given).__name__}; write lines `setting: value`")
     given |= overrides
     known = [f.name for f in fields(Recipe)]
-    if unknown := sorted(map(str, given.keys() - set(known))):
+    if unknown := sorted(map(str, given.keys() - {*known, EPOCH_UPDATES})):
         raise RecipeError(f"{name}: unknown settings {', '.join(unknown)}; known are {', '.join(known)}")
-    return Recipe(**given)
+    return given
 
 
 def parse_overrides(pairs: list[str]) -> dict:

@@ -17,6 +17,7 @@ _logger = logging.getLogger(__name__)
 RUN_FILE, RECIPE_FILE = "run.json", "recipe.yaml"
 TRAIN_LOG, VAL_LOG = "train.csv", "val.csv"
 LAST_WEIGHTS, BEST_WEIGHTS = "last.safetensors", "best.safetensors"
+SPLIT = "split"
 MODEL, SCORES, TENSORBOARD = "model", "scores.safetensors", "tensorboard"
 
 
@@ -28,6 +29,7 @@ class RunFolder:
     """The files of a run in the folder `path`. All but the logs are written under a temporary name and then renamed.
 
     recipe.yaml, run.json   the recipe, and everything that must be the same to resume the run (but for more epochs)
+    split/                  train.csv and val.csv, if one folder of videos was split: lists of the videos
     state-<update>/         accelerate's state after that many updates; only the latest is kept
     train.csv, val.csv      the logs, also in tensorboard/
     last.safetensors        the weights at the last evaluation; best.safetensors: at the best one
@@ -56,8 +58,7 @@ class RunFolder:
         """
         run = json.loads(json.dumps(run))  # tuples become lists
         file, identifier = self / RUN_FILE, uuid.uuid4().hex
-        names = set(os.listdir(self.path)) if self.path.is_dir() else set()
-        started = bool(names - {name for own in (RUN_FILE, RECIPE_FILE) for name in (own, "." + own)})
+        started = self._is_started()
         if file.exists():
             known = json.loads(file.read_text(encoding="utf-8"))
             identifier = known.pop("id", identifier)
@@ -72,8 +73,7 @@ class RunFolder:
                     f"{key}: {known.get(key)!r:.80} there, {run.get(key)!r:.80} now" for key in differing
                 )
                 raise RunError(f"{self.path} contains a run with other settings ({changes}); choose another folder")
-        elif started or (self.path.exists() and not self.path.is_dir()):
-            raise RunError(f"{self.path} exists and contains no run; choose a new or empty folder")
+        self.check()
         self.path.mkdir(parents=True, exist_ok=True)
         _write(self / RECIPE_FILE, recipe)
         _write(file, json.dumps({"id": identifier, **run}, indent=1))
@@ -86,6 +86,16 @@ class RunFolder:
     def is_finished(self) -> bool:
         """Whether nothing is left to do."""
         return (self / MODEL).exists() and (self / SCORES).exists()
+
+    def check(self) -> None:
+        """Raises RunError if the folder contains other files and no run."""
+        is_file = self.path.exists() and not self.path.is_dir()
+        if is_file or (self._is_started() and not (self / RUN_FILE).exists()):
+            raise RunError(f"{self.path} exists and contains no run; choose a new or empty folder")
+
+    def _is_started(self) -> bool:
+        names = set(os.listdir(self.path)) if self.path.is_dir() else set()
+        return bool(names - {name for own in (RUN_FILE, RECIPE_FILE, SPLIT) for name in (own, "." + own)})
 
     def states(self) -> list[Path]:
         """Saved states, latest first."""

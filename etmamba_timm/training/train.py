@@ -13,7 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
 
@@ -129,6 +129,7 @@ class _Training:
         self.is_main = accelerator.is_main_process
         self.show_bars = progress and self.is_main
         self.update_clips = recipe.batch_size * accelerator.num_processes
+        train_set = replace(train_set, samples=train_set.samples * recipe.repeat)
         self.epoch_updates = len(train_set.samples) // self.update_clips
         self.all_updates = recipe.epochs * self.epoch_updates
 
@@ -367,7 +368,8 @@ class _Training:
         self.run.drop_model()
         scores.save(self.run / SCORES)
         processes, best_epoch = self.accelerator.num_processes, self.progress.best_epoch
-        card = run_card(self.recipe, processes, best_epoch, len(self.data), scores.metrics())
+        videos = len(self.data) // self.recipe.repeat
+        card = run_card(self.recipe, processes, best_epoch, videos, scores.metrics())
         params = sum(p.numel() for p in self.eval_model.parameters())
         save_checkpoint(
             self.eval_model,
@@ -421,12 +423,12 @@ def _check(recipe: Recipe, train_set: Annotations, val_set: Annotations, acceler
             f"{started} processes were started, but accelerate sees {processes}; without GPUs, set "
             "ACCELERATE_USE_CPU=true (FSDP needs GPUs)"
         )
-    if len(train_set.samples) < recipe.batch_size * processes:
+    updates = len(train_set.samples) * recipe.repeat // (recipe.batch_size * processes)
+    if not updates:
         raise TrainingError(
             f"{len(train_set.samples)} videos are too few for a batch of {recipe.batch_size} in each of {processes} "
-            "processes; lower batch_size"
+            "processes; lower batch_size (--set batch_size=N), or take several clips of each (repeat)"
         )
-    updates = len(train_set.samples) // (recipe.batch_size * processes)
     if round(recipe.warmup_epochs * updates) >= recipe.epochs * updates:
         raise TrainingError(
             f"warmup_epochs {recipe.warmup_epochs:g} leaves no update after it in {recipe.epochs} epochs; lower it"

@@ -17,6 +17,7 @@ from etmamba_timm.data import (
     VideoError,
     VideoReader,
     collate,
+    find_layout,
     read_dataset,
     read_huggingface,
 )
@@ -77,6 +78,7 @@ def test_saved_to_disk(dataset, tmp_path):
     """save_to_disk takes the files in."""
     parts = datasets.DatasetDict({"train": dataset, "validation": dataset.select([2])})
     parts.save_to_disk(tmp_path / "saved")
+    assert find_layout(tmp_path / "saved") == "huggingface"
     assert firsts(read_dataset("huggingface", tmp_path / "saved")) == [0, 100, 200]
     assert firsts(read_dataset("huggingface", tmp_path / "saved", "val")) == [200]
     with pytest.raises(AnnotationError, match="splits train, validation; there is no 'test'"):
@@ -100,6 +102,7 @@ def test_videos_in_rows(files, cache, tmp_path, monkeypatch):
     folder = parquet(files, tmp_path / "hub" / "data" / "train-00000.parquet").parent.parent
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.mp4").write_bytes(b"not the one in the row")
+    assert find_layout(folder) == "huggingface"
     read = read_dataset("huggingface", folder)
     assert firsts(read) == [0, 100, 200]
     assert [label for _, label in read.samples] == LABELS

@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 from videos import write_frames, write_video
 
-from etmamba_timm.data import AnnotationError, Clip, EvalClips, EvalTransform, read_dataset, with_classes
+from etmamba_timm.data import (
+    AnnotationError,
+    Clip,
+    EvalClips,
+    EvalTransform,
+    find_layout,
+    is_one_folder,
+    read_dataset,
+    with_classes,
+)
 
 
 def video(path: Path) -> None:
@@ -95,6 +104,51 @@ def test_official_trees(layout, frames, tmp_path, caplog):
         file.write_bytes(file.read_bytes()[:100])
     assert clips[0] is None
     assert str(path) in caplog.text
+
+
+@pytest.mark.parametrize("layout", TREES)
+def test_layouts_are_found(layout, tmp_path):
+    """Kinetics' official tree has folders of classes too, and HMDB-51's is one folder of classes with lists."""
+    TREES[layout][0](tmp_path)
+    assert find_layout(tmp_path) == layout
+
+
+def test_lists_elsewhere_decide_the_layout(tmp_path):
+    folders(tmp_path / "videos")
+    assert find_layout(tmp_path / "videos") == "folders"
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "train.txt").write_text("train/a/1.mp4 0\n")
+    assert find_layout(tmp_path / "videos", tmp_path / "lists") == "list"
+    (tmp_path / "lists" / "wave_test_split1.txt").touch()
+    with pytest.raises(
+        AnnotationError, match=r"wave_test_split1.txt \(hmdb51\) and .*train.txt \(list\); choose one by"
+    ):
+        find_layout(tmp_path / "videos", tmp_path / "lists")
+
+
+def test_one_folder_of_classes(tmp_path):
+    for name in ("bus", "train"):  # a class may be called like a part
+        video(tmp_path / name / "1.mp4")
+    assert find_layout(tmp_path) == "folders"
+    assert is_one_folder(tmp_path)
+    for subset in ("train", "val"):
+        assert [path.parent.name for path, _ in read_dataset("folders", tmp_path, subset).samples] == ["bus", "train"]
+
+
+def test_parts_without_classes_are_no_classes(tmp_path):
+    for name in ("train", "val"):
+        video(tmp_path / name / "1.mp4")
+    assert not is_one_folder(tmp_path)
+    with pytest.raises(AnnotationError, match="holds no videos in folders of classes"):
+        read_dataset("folders", tmp_path)
+
+
+def test_what_is_no_dataset(tmp_path):
+    video(tmp_path / "1.mp4")
+    with pytest.raises(AnnotationError, match=f"{tmp_path} isn't recognised as a dataset. Looked for videos in"):
+        find_layout(tmp_path)
+    with pytest.raises(AnnotationError, match="x is no folder"):
+        find_layout(tmp_path / "x")
 
 
 def test_lists_may_lie_elsewhere(tmp_path):

@@ -10,8 +10,8 @@ from etmamba_timm.training.recipe import Recipe, RecipeError, load_recipe, parse
 
 def test_the_papers_protocol():
     """Paper 4.2."""
-    assert recipe_names() == ["breakfast", "hmdb51", "k400", "ssv2"]
-    recipes = {name: load_recipe(name) for name in recipe_names()}
+    assert recipe_names() == ["breakfast", "finetune", "hmdb51", "k400", "ssv2"]
+    recipes = {name: load_recipe(name) for name in recipe_names() if name != "finetune"}
     assert {name: (r.warmup_epochs, r.epochs) for name, r in recipes.items()} == {
         "breakfast": (5, 50),
         "hmdb51": (5, 50),
@@ -39,6 +39,8 @@ def test_rates_scale_with_the_clips_of_an_update():
     recipe = load_recipe("k400")
     assert recipe.scaled(recipe.lr, 1) == pytest.approx(3e-4 / 4)
     assert recipe.scaled(recipe.lr, 8) == pytest.approx(6e-4)
+    fixed = load_recipe("k400", scale_lr=False)
+    assert fixed.scaled(fixed.lr, 8) == fixed.lr
 
 
 def test_files_and_overrides(tmp_path):
@@ -117,7 +119,8 @@ def test_rectangular_sizes(tmp_path):
 
 def test_files_that_cannot_be(tmp_path):
     with pytest.raises(
-        RecipeError, match="unknown recipe 'ucf101'; give a YAML file, or one of breakfast, hmdb51, k400, ssv2"
+        RecipeError,
+        match="unknown recipe 'ucf101'; give a YAML file, or one of breakfast, finetune, hmdb51, k400, ssv2",
     ):
         load_recipe("ucf101")
     file = tmp_path / "x.yaml"

@@ -1,0 +1,107 @@
+"""`etmamba train` on a folder of clips without any settings, and what it says before it starts."""
+
+import csv
+import os
+from pathlib import Path
+
+import pytest
+from shapes import write_shapes
+
+from etmamba_timm.cli import main
+from etmamba_timm.training.recipe import load_recipe
+
+SHORT = ("epochs=1", "epoch_updates=2", "warmup_epochs=0", "batch_size=2", "num_clips=1", "num_crops=1")
+SMALL = (*SHORT, "pretrained=false", "model_args={embed_dim: 16, depth: 1}", "opt=adamw", "opt_args={}")
+
+
+@pytest.fixture(autouse=True)
+def cpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    """`clips/<class>/*`: four classes of three videos."""
+    return write_shapes(tmp_path_factory.mktemp("data") / "clips", 3, seed=0)
+
+
+def train(clips: Path, run: Path, *more: str) -> int:
+    return main(["train", "--data", str(clips), "-o", str(run), "--workers", "0", *more])
+
+
+def test_a_dry_run_says_what_it_would_do_and_writes_nothing(clips, tmp_path, capsys):
+    assert train(clips, tmp_path / "run", "--dry-run") == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0].split(maxsplit=1) == ["data", f"{clips} (folders)"]
+    assert "8 for training, 2 of each of 4 classes, and 4 for validation" in out
+    assert "weights: etmamba_ti.mocap (in the package)" in out
+    assert err == "etmamba: warning: only 4 videos for validation: each is 25 points of accuracy\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_is_split_and_the_split_stays(clips, tmp_path, capsys):
+    """The same command later, with one video more, is the same run; the lists are a dataset for `eval`."""
+    data = tmp_path / "clips"
+    for folder in clips.iterdir():
+        (data / folder.name).mkdir(parents=True)
+        for file in folder.iterdir():
+            os.link(file, data / folder.name / file.name)
+    run = tmp_path / "run"
+    assert train(data, run, "--set", *SMALL) == 0
+    assert f"model: {run / 'model'}" in capsys.readouterr().out
+    recipe = load_recipe(run / "recipe.yaml")
+    assert (recipe.dataset, recipe.model, recipe.num_frames, recipe.repeat) == ("folders", "etmamba_ti.mocap", 8, 1)
+    weights = (run / "last.safetensors").read_bytes()
+    os.link(data / "up" / "0.mp4", data / "up" / "new.mp4")
+    assert train(data, run, "--set", *SMALL) == 0
+    assert (run / "last.safetensors").read_bytes() == weights
+    with (run / "split" / "val.csv").open() as file:
+        held_out = [row["video"] for row in csv.DictReader(file)]
+    assert sorted(Path(video).parent.name for video in held_out) == ["down", "left", "right", "up"]
+    model = ["--model", f"local-dir:{run / 'model'}", "--data", str(data)]
+    capsys.readouterr()
+    assert main(["eval", *model]) == 0
+    assert ", 13 videos" in capsys.readouterr().out
+    assert main(["eval", *model, "--dataset", "list", "--annotations", str(run / "split")]) == 0
+    assert ", 4 videos" in capsys.readouterr().out
+
+
+def test_a_run_that_could_not_start_does_not_keep_its_split(clips, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(clips, run, "--set", "batch_size=64", "epoch_updates=0") == 2
+    assert "8 videos are too few for a batch of 64" in capsys.readouterr().err
+    write_shapes(tmp_path / "other", 5, seed=1)
+    assert train(tmp_path / "other", run, "--set", *SMALL) == 0
+    assert len((run / "split" / "train.csv").read_text().splitlines()) == 1 + 4 * 4
+
+
+def test_other_files_are_left_alone(clips, tmp_path, capsys):
+    (tmp_path / "x").touch()
+    assert train(clips, tmp_path) == 2
+    assert f"{tmp_path} exists and contains no run" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_its_options_win_over_the_recipe(clips, tmp_path, capsys):
+    options = ("--model", "videomamba_ti", "--checkpoint", "nowhere.pth")
+    assert train(clips, tmp_path / "run", *options) == 2
+    assert "nowhere.pth: no such checkpoint" in capsys.readouterr().err
+    assert train(clips, tmp_path / "run", "--device", "cuda:77") == 2
+    assert "device 'cuda:77' can't be used" in capsys.readouterr().err
+    assert train(clips, tmp_path / "run", "--device", "cpu", "--model", "etmamba_s", "--dry-run") == 0
+    assert "etmamba_s," in capsys.readouterr().out
+    assert os.environ["ACCELERATE_USE_CPU"] == "true"
+    assert train(clips, tmp_path / "run", "--model", "etmamba_ti_ebs", "--dry-run") == 2
+    assert "etmamba_ti_ebs has no weights to start from; give a file (--checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_the_weights_it_names_its_own_options(clips, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    small = ("num_frames=2", "size=32")
+    assert train(clips, tmp_path / "run", "--model", "etmamba_ti", "--set", *SHORT, *small) == 2
+    assert "--checkpoint" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    assert "--checkpoint" in capsys.readouterr().out

@@ -7,8 +7,9 @@ import base64
 import errno
 import json
 import os
+import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -45,6 +46,21 @@ def read_features(path: str | Path) -> tuple[Tensor, list[str]]:
     if len({part.shape[1] for part in parts}) > 1:
         raise ValueError(f"{path} holds features of different models; read its files one by one")
     return torch.cat(parts), files
+
+
+def read_settings(path: str | Path) -> dict[str, str]:
+    """The settings that were stored with features; arguments and errors as in `read_features`."""
+    path = Path(path)
+    parts = _shards(path) if path.is_dir() else [path]
+    return {key: value for key, value in _metadata(parts[0]).items() if key != "files"}
+
+
+def checksum(tensors: Iterable[Tensor]) -> str:
+    """A short text that is the same for the same values."""
+    value = 0
+    for tensor in tensors:
+        value = zlib.crc32(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data, value)
+    return f"crc32 {value:08x}"
 
 
 def check_features_path(path: str | Path) -> None:

@@ -157,7 +157,7 @@ def predict_files(
         raise ValueError("the model has no classes to predict; use extract_features, or a checkpoint with a classifier")
     views = _views(model, paths, num_clips, num_crops)
     results = mean_over_views(model, model, views, softmax=True, batch_size=batch_size, workers=workers, dtype=dtype)
-    return _finite(results, paths)
+    return finite(results, paths)
 
 
 def features_of_files(
@@ -176,7 +176,7 @@ def features_of_files(
         return model.forward_head(model.forward_features(clips), pre_logits=True)
 
     views = _views(model, paths, num_clips, num_crops)
-    return _finite(mean_over_views(model, features, views, batch_size=batch_size, workers=workers, dtype=dtype), paths)
+    return finite(mean_over_views(model, features, views, batch_size=batch_size, workers=workers, dtype=dtype), paths)
 
 
 def top_classes(model: EtMamba, scores: Tensor, k: int = 5) -> list[dict]:
@@ -205,7 +205,7 @@ def _views(model: EtMamba, paths: Sequence[str | Path], num_clips: int, num_crop
     return Views([Path(path) for path in paths], transform, model.clip, num_clips, num_crops)
 
 
-def _finite(results: Iterator[Tensor | Exception], paths: Sequence[str | Path]) -> Iterator[Tensor | Exception]:
+def finite(results: Iterator[Tensor | Exception], paths: Sequence) -> Iterator[Tensor | Exception]:
     """The results in float32; those that aren't finite become errors."""
     for path, result in zip(paths, results, strict=True):
         if isinstance(result, Tensor) and not result.isfinite().all():

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "data": {"clip"},
     "views": {"data"},
     "predict": {"checkpoints", "data", "models", "views", "zoo"},
-    "training": {"clip", "checkpoints", "data", "files", "models", "views", "zoo"},
+    "training": {"clip", "checkpoints", "data", "features", "files", "models", "predict", "views", "zoo"},
     "seeing": {"clip", "checkpoints", "data", "files", "models", "predict", "training"},
     "cli": {
         "clip",

@@ -39,6 +39,14 @@ def add_model(parser: argparse.ArgumentParser, views: bool = True, default: str 
     parser.add_argument(
         "--checkpoint", type=Path, help="weights of the model: .safetensors or .pth, ours or VideoMamba's"
     )
+    add_views(parser, views)
+    parser.add_argument(
+        "--allow-untrained", action="store_true", help="allow a model without trained weights; its results are random"
+    )
+
+
+def add_views(parser: argparse.ArgumentParser, views: bool = True) -> None:
+    """Adds arguments for how to run a model, with `views` also on how many views of a video."""
     if views:
         parser.add_argument("--num-clips", type=positive, default=1, metavar="N", help="clips per video (default 1)")
         parser.add_argument("--num-crops", type=int, choices=(1, 3), default=1, help="crops per clip (default 1)")
@@ -47,9 +55,6 @@ def add_model(parser: argparse.ArgumentParser, views: bool = True, default: str 
     add_device(parser)
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="autocast's dtype (default float32: no autocast)"
-    )
-    parser.add_argument(
-        "--allow-untrained", action="store_true", help="allow a model without trained weights; its results are random"
     )
 
 
@@ -70,7 +75,8 @@ def add_compile(parser: argparse.ArgumentParser) -> None:
 def add_dataset(parser: argparse.ArgumentParser) -> None:
     """Adds arguments for a dataset of videos."""
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the folder of the videos")
-    layouts = "folders, list, kinetics, ssv2, hmdb51, breakfast or huggingface"  # data.LAYOUTS without importing it
+    # data.LAYOUTS without importing it
+    layouts = "folders, list, kinetics, ssv2, hmdb51, breakfast, huggingface or unlabelled"
     parser.add_argument("--dataset", metavar="LAYOUT", help=f"layout of the dataset: {layouts} (default: found out)")
     parser.add_argument(
         "--annotations", type=Path, metavar="DIR", help="the folder of the annotation files (default: DATA)"
@@ -128,21 +134,35 @@ def set_up(args: argparse.Namespace, need_classifier: bool) -> "tuple[EtMamba, V
 
     from ..predict import load_model
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(device)
+    where = device(args)
     model = load_model(
         args.model, args.checkpoint, allow_untrained=args.allow_untrained, need_classifier=need_classifier
     )
-    model.to(device)
+    model.to(where)
     if getattr(args, "compile", False):
         # CUDA graphs spare launches, which only small batches wait for. Each size of batch gets its own, and a run
         # overwrites the output of the one before: so the head, which makes a tensor of its own, is left out.
         is_small = batch_size(args, model) <= SMALL_BATCH
-        mode = "reduce-overhead" if is_small and torch.device(device).type == "cuda" else None
+        mode = "reduce-overhead" if is_small and torch.device(where).type == "cuda" else None
         forward = torch.compile(model.forward_features, dynamic=True, mode=mode)
         model.forward_features = forward  # type: ignore[method-assign]
-    dtype = None if args.dtype == "float32" else getattr(torch, args.dtype)
-    return model, {"num_clips": args.num_clips, "num_crops": args.num_crops, "dtype": dtype}
+    return model, {"num_clips": args.num_clips, "num_crops": args.num_crops, "dtype": autocast_dtype(args)}
+
+
+def device(args: argparse.Namespace) -> str:
+    """The device chosen by the arguments, if it can be used."""
+    import torch
+
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(name)
+    return name
+
+
+def autocast_dtype(args: argparse.Namespace) -> "torch.dtype | None":
+    """The dtype chosen by the arguments; None for no autocast."""
+    import torch
+
+    return None if args.dtype == "float32" else getattr(torch, args.dtype)
 
 
 @contextlib.contextmanager

@@ -43,6 +43,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     train.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="override settings of the recipe"
     )
+    text = "a model whose labels are learnt too, of this package or of transformers, or what `teach` wrote"
+    train.add_argument("--teacher", metavar="NAME", help=text)
     add_dataset(train)
     train.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="the run's folder")
     train.add_argument("--save-updates", type=positive, default=500, metavar="N", help="save the state every N updates")
@@ -93,7 +95,7 @@ def _run(args: argparse.Namespace) -> dict[str, float]:
         from ..training.probe import linear_probe
         from ..training.recipe import parse_overrides, read_settings
         from ..training.train import train
-    given = {"dataset": args.dataset, "split": args.split, "model": args.model}
+    given = {"dataset": args.dataset, "split": args.split, "model": args.model, "teacher": args.teacher}
     given["checkpoint"] = args.checkpoint and str(args.checkpoint)
     settings = parse_overrides(args.set) | {name: value for name, value in given.items() if value is not None}
     settings = read_settings(args.recipe, **settings)

@@ -1,29 +1,37 @@
-"""`etmamba predict` and `features`."""
+"""`etmamba predict`, `features` and `teach`."""
 
 import argparse
 import json
 import sys
-import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .options import (
     add_batches,
     add_compile,
+    add_dataset,
     add_model,
+    add_views,
+    autocast_dtype,
     batch_size,
     count,
+    device,
     each,
+    extra,
     from_first,
     is_first_process,
     positive,
     process_group,
     set_up,
+    stride,
 )
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..clip import Clip
     from ..models import EtMamba
 
 SHIPPED = "etmamba_ti.mocap"
@@ -49,7 +57,21 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     text = "a .safetensors file, or a folder (without a suffix) for one such file per 1000 videos"
     features.add_argument("-o", "--output", type=Path, required=True, metavar="PATH", help=text)
     add_compile(features)
-    features.set_defaults(run=_features)
+    features.set_defaults(run=_features, made="features")
+
+    teach = commands.add_parser(
+        "teach", help="store a teacher's class probabilities of a dataset, for `train --teacher`"
+    )
+    teach.add_argument(
+        "--model", required=True, metavar="TEACHER", help="a trained model, or a transformers folder or Hub id"
+    )
+    add_views(teach)
+    teach.add_argument("--stride", type=stride, metavar="N", help="frames from one to the next, or spread")
+    add_dataset(teach)
+    teach.add_argument("--subset", default="train", help="train, val or test (default train)")
+    add_batches(teach)
+    teach.add_argument("-o", "--output", type=Path, required=True, metavar="PATH", help=text)
+    teach.set_defaults(run=_teach, checkpoint=None, made="class probabilities")
 
 
 def _add_feeding(parser: argparse.ArgumentParser) -> None:
@@ -102,7 +124,7 @@ def _sample() -> str:
 
 
 def _features(args: argparse.Namespace) -> int:
-    from ..features import FeatureFiles, check_features_path
+    from ..features import check_features_path, checksum
     from ..predict import features_of_files
 
     check_features_path(args.output)
@@ -112,44 +134,74 @@ def _features(args: argparse.Namespace) -> int:
     with process_group(args):
         model, options = set_up(args, need_classifier=False)
         feeding = _feeding(args, model)
-        output: FeatureFiles | None = None
-
-        def begin() -> list[str]:
-            nonlocal output
-            output = FeatureFiles(args.output, _settings(args, model))
-            return output.missing(args.files)
-
-        todo = from_first(begin)  # the first process writes
-        finished = False
-        try:
-            status = each(
-                args,
-                todo,
-                lambda files: features_of_files(model, files, **options, **feeding),
-                lambda file, row: output.add(file, row),  # type: ignore[union-attr]  # only in the first process
-            )
-            finished = True
-        finally:  # also on an interrupt
-            if output is not None:
-                output.close(args.files, finished)
-                if done := len(args.files) - len(output.missing(args.files)):
-                    text = f"features of {done} of {len(args.files)} files: {args.output}"
-                    print(text + ("" if finished else "; the same command continues"), file=sys.stderr)
-        return status
+        run: Callable = partial(features_of_files, model, **options, **feeding)  # type: ignore[arg-type]  # all by name
+        return _store(args, args.files, _settings(args, model.clip, checksum(model.state_dict().values())), run)
 
 
-def _settings(args: argparse.Namespace, model: "EtMamba") -> dict[str, str]:
+def _teach(args: argparse.Namespace) -> int:
+    from ..clip import Clip
+    from ..data import read_dataset
+    from ..features import check_features_path
+
+    with extra("train"):
+        from ..training.distill import video_name
+        from ..training.teacher import load_teacher, scores_of_videos
+    check_features_path(args.output)
+    layout = args.dataset or "folders"
+    videos = read_dataset(layout, args.data, args.subset, split=args.split or 1, annotations=args.annotations)
+    files = {video_name(file, args.data): file for file, _ in videos.samples}
+    with process_group(args):
+        teacher = load_teacher(args.model).to(device(args))
+        if args.stride is not None:
+            teacher.clip = Clip(teacher.clip.num_frames, args.stride)
+        settings = _settings(args, teacher.clip, teacher.checksum()) | {"classes": json.dumps(teacher.classes)}
+        size = args.batch_size or (1 if next(teacher.parameters()).device.type == "cpu" else 8)
+        views = {"num_clips": args.num_clips, "num_crops": args.num_crops, "dtype": autocast_dtype(args)}
+
+        def run(names: list[str]) -> Iterator:
+            chosen = [files[name] for name in names]
+            return scores_of_videos(teacher, chosen, **views, batch_size=size, workers=args.workers)
+
+        return _store(args, list(files), settings, run)
+
+
+def _store(args: argparse.Namespace, files: list[str], settings: dict[str, str], run: Callable) -> int:
+    """Writes what `run` makes of the files to the output, and continues what is there; returns the exit status."""
+    from ..features import FeatureFiles
+
+    output: FeatureFiles | None = None
+
+    def begin() -> list[str]:
+        nonlocal output
+        output = FeatureFiles(args.output, settings)
+        return output.missing(files)
+
+    todo = from_first(begin)  # the first process writes
+    finished = False
+    try:
+        status = each(
+            args,
+            todo,
+            run,
+            lambda file, row: output.add(file, row),  # type: ignore[union-attr]  # only in the first process
+        )
+        finished = True
+    finally:  # also on an interrupt
+        if output is not None:
+            output.close(files, finished)
+            if done := len(files) - len(output.missing(files)):
+                text = f"{args.made} of {done} of {len(files)} files: {args.output}"
+                print(text + ("" if finished else "; the same command continues"), file=sys.stderr)
+    return status
+
+
+def _settings(args: argparse.Namespace, clip: "Clip", weights: str) -> dict[str, str]:
     """All that the features depend on, apart from rounding."""
-    import torch
-
-    weights = 0
-    for tensor in model.state_dict().values():
-        weights = zlib.crc32(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy(), weights)
     return {
         "model": args.model,
         "checkpoint": str(args.checkpoint or ""),
-        "weights": f"crc32 {weights:08x}",
-        "clip": f"{model.clip.num_frames} frames {model.clip.spacing}",
+        "weights": weights,
+        "clip": f"{clip.num_frames} frames {clip.spacing}",
         "num_clips": str(args.num_clips),
         "num_crops": str(args.num_crops),
         "dtype": args.dtype,

@@ -41,7 +41,7 @@ class Annotations:
 
     Attributes:
         samples: (file or folder of frames, class index) of each video that exists; `open_video` takes it.
-        classes: names of the classes.
+        classes: names of the classes; empty if the videos have no labels, and all class indices are 0.
         missing: files, or names of files, that are listed but don't exist.
     """
 

@@ -40,6 +40,8 @@ def read_dataset(
             'hmdb51': <class>_test_split<n>.txt; 'val' and 'test' are the same.
             'breakfast': no annotation files; 'val' and 'test' are the same.
             'huggingface': a dataset that `datasets` loads from the folder, with the columns video and label.
+            'unlabelled': videos at any depth of `root/train`, without classes, for distillation; other subsets are
+                as in 'folders'.
         root: the folder of the videos.
         subset: 'train', 'val' or 'test'.
         split: of HMDB-51 (1 to 3) and Breakfast (1 to 4).
@@ -177,6 +179,17 @@ def _huggingface(root: Path, annotations: Path, subset: str, split: int) -> Anno
     return read_huggingface(parts[name], classes=classes)
 
 
+def _unlabelled(root: Path, annotations: Path, subset: str, split: int) -> Annotations:
+    folder = next((root / name for name in PARTS[subset] if (root / name).is_dir()), None)
+    if folder is None:
+        raise AnnotationError(f"{root} has no folder {subset!r}")
+    if subset != "train":
+        return read_folders(folder)
+    if not (files := video_files(folder)):
+        raise AnnotationError(f"{folder} holds no videos")
+    return Annotations([(path, 0) for path in files], [], [])
+
+
 LAYOUTS = {
     "folders": _folders,
     "list": _list,
@@ -185,6 +198,7 @@ LAYOUTS = {
     "hmdb51": _hmdb51,
     "breakfast": _breakfast,
     "huggingface": _huggingface,
+    "unlabelled": _unlabelled,
 }
 
 

@@ -21,9 +21,11 @@ def run_card(recipe: Recipe, processes: int, best_epoch: int, videos: int, metri
         "views": {"frames": recipe.num_frames, "crops": recipe.num_crops, "clips": recipe.num_clips},
         "whose": "measured here",
     }
+    teacher = {"teacher": Path(recipe.teacher).name}
+    taught = f", with the teacher {teacher['teacher']}," if recipe.teacher else ""
     return {
-        "source": f"trained from {_start(recipe)} on {videos:,} videos ({recipe.dataset})",
-        "recipe": asdict(recipe) | {"checkpoint": Path(recipe.checkpoint).name, "processes": processes},
+        "source": f"trained from {_start(recipe)}{taught} on {videos:,} videos ({recipe.dataset})",
+        "recipe": asdict(recipe) | {"checkpoint": Path(recipe.checkpoint).name, "processes": processes} | teacher,
         "figures": [common | {"metric": name, "value": round(100 * metrics[key], 2)} for name, key in names],
         "notes": f"The weights are those after epoch {best_epoch + 1} of {recipe.epochs}, the best on these "
         "videos with one view each, so the accuracy is slightly optimistic; a separate test set would be fairer.",

@@ -66,6 +66,12 @@ class Recipe:
             for every n-th block alone.
         compile: whether to run the model through `torch.compile`, which takes minutes at the start and is faster then.
         freeze_backbone: whether to train only the classifier.
+        teacher: a model whose class probabilities and features are learnt (see `load_teacher`), or a file or folder of
+            probabilities that `etmamba teach` wrote; '' for none.
+        teacher_weight: weight of the teacher's probabilities in the loss; the true labels have the rest.
+        temperature: divides the logits of both before they are compared; higher ones give more weight to the order of
+            unlikely classes.
+        feature_weight: weight of the teacher's features, compared with a learnt linear map of the model's own.
         eval_epochs: epochs between evaluations.
         num_clips, num_crops: views per video in the final evaluation; earlier ones use one view.
         seed: the random seed.
@@ -114,6 +120,10 @@ class Recipe:
     grad_checkpointing: int = 0
     compile: bool = False
     freeze_backbone: bool = False
+    teacher: str = ""
+    teacher_weight: float = 0.5
+    temperature: float = 2.0
+    feature_weight: float = 0.0
     eval_epochs: int = 1
     num_clips: int = 4
     num_crops: int = 3
@@ -133,15 +143,18 @@ class Recipe:
             _ = self.clip
         except ValueError as error:
             raise RecipeError(str(error)) from None
-        rates = ("lr", "min_lr", "warmup_lr", "weight_decay", "clip_grad", "mixup", "cutmix")
+        rates = ("lr", "min_lr", "warmup_lr", "weight_decay", "clip_grad", "mixup", "cutmix", "feature_weight")
         for name in ("warmup_epochs", "seed", "grad_checkpointing", *rates):
             if not getattr(self, name) >= 0:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must be 0 or more")
-        for name in ("drop_path", "drop", "label_smoothing", "flip", "erasing", "ema", "layer_decay", "balance"):
+        shares = ("drop_path", "drop", "label_smoothing", "flip", "erasing", "ema", "layer_decay", "balance")
+        for name in (*shares, "teacher_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
         if self.layer_decay == 0:
             raise RecipeError("layer_decay is 0, which would train only the classifier; set it to 1 for no decay")
+        if not self.temperature > 0:
+            raise RecipeError(f"temperature is {self.temperature}; it must be above 0")
         if self.label_smoothing == 1:
             raise RecipeError("label_smoothing is 1, which makes all classes equal; it must be below 1")
         if self.warmup_epochs >= self.epochs:

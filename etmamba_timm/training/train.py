@@ -37,6 +37,7 @@ from ..data import Annotations
 from ..data.dataset import seeded
 from ..models import EtMamba
 from .card import run_card
+from .distill import Distillation, named_as
 from .evaluate import Scores, evaluate
 from .loading import batches, datasets
 from .optimizer import average, new_optimizer, new_scheduler, step_if
@@ -133,6 +134,10 @@ class _Training:
         self.epoch_updates = len(train_set.samples) // self.update_clips
         self.all_updates = recipe.epochs * self.epoch_updates
 
+        self.distillation = Distillation(recipe, train_set, accelerator) if recipe.teacher else None
+        if self.distillation and not train_set.classes:
+            train_set = replace(train_set, classes=self.distillation.classes)
+            val_set = named_as(val_set, train_set.classes)
         torch.manual_seed(recipe.seed)
         self.eval_model = build_model(recipe, train_set.classes)
         model = copy.deepcopy(self.eval_model)
@@ -141,6 +146,8 @@ class _Training:
         model.set_grad_checkpointing(recipe.grad_checkpointing > 0, every=max(1, recipe.grad_checkpointing))
         if recipe.freeze_backbone:
             model.requires_grad_(False).get_classifier().requires_grad_(True)
+        if self.distillation:
+            self.distillation.attach(model, self.val.transform)
         try:
             optimizer = new_optimizer(recipe, model, accelerator)
         except (TypeError, ValueError) as error:
@@ -153,7 +160,7 @@ class _Training:
             self.model.compile()
             self.eval_model.compile(dynamic=True)  # the last batch may be smaller
         self.progress, self.pace, self.timer = Progress(accelerator.device), Pace(), Timer()
-        accelerator.register_for_checkpointing(self.progress, *([self.ema] if self.ema else []))
+        accelerator.register_for_checkpointing(self.progress, *filter(None, (self.ema, self.distillation)))
 
     def run_to_end(self) -> None:
         """Trains from the latest state, if there is one, to the end."""
@@ -248,9 +255,15 @@ class _Training:
         torch.manual_seed(_seed(recipe.seed, accelerator.process_index, progress.update))  # for drop path
         total = torch.zeros((), device=accelerator.device)
         for part in range(recipe.accumulate):
-            clips, target = self.take(next(batches), part)
+            batch = next(batches)
+            clips, target = self.take(batch, part)
             with contextlib.nullcontext() if part == recipe.accumulate - 1 else accelerator.no_sync(self.model):
-                part_loss = self.criterion(self.model(clips), target) / recipe.accumulate
+                logits = self.model(clips)
+                if self.distillation:
+                    part_loss = self.distillation.loss(self.criterion, logits, target, clips, batch["index"])
+                else:
+                    part_loss = self.criterion(logits, target)
+                part_loss = part_loss / recipe.accumulate
                 accelerator.backward(part_loss)
             total += part_loss.detach()
         norm = accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip_grad or float("inf"))
@@ -308,7 +321,8 @@ class _Training:
         full = StateDictOptions(full_state_dict=True, cpu_offload=True)  # FSDP shards it over the processes
         weights = self.ema.module.state_dict() if self.ema else get_model_state_dict(self.model, options=full)
         if self.is_main:
-            self.run.save_weights(LAST_WEIGHTS, cast(Mapping[str, Tensor], weights))
+            kept = self.eval_model.state_dict().keys()  # without the projection to a teacher's features
+            self.run.save_weights(LAST_WEIGHTS, {k: v for k, v in cast(Mapping, weights).items() if k in kept})
         start = time.perf_counter()
         metrics = self.scores(LAST_WEIGHTS).metrics()
         self.pace.count_evaluation(time.perf_counter() - start)
@@ -433,7 +447,9 @@ def _check(recipe: Recipe, train_set: Annotations, val_set: Annotations, acceler
         raise TrainingError(
             f"warmup_epochs {recipe.warmup_epochs:g} leaves no update after it in {recipe.epochs} epochs; lower it"
         )
-    if val_set.classes != train_set.classes:
+    if not train_set.classes and not recipe.teacher:
+        raise TrainingError("the training videos have no labels; set teacher, whose labels are then learnt")
+    if train_set.classes and val_set.classes != train_set.classes:
         raise TrainingError("training and validation videos have different classes; use the same for both")
 
 

@@ -160,8 +160,8 @@ def _normalisation(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]
         processor.do_rescale,
         processor.rescale_factor,
         processor.do_normalize,
-        processor.image_mean,
-        processor.image_std,
+        tuple(processor.image_mean),
+        tuple(processor.image_std),
     ).flatten(1)
     std = 1 / (white - black)
     return tuple((-black * std).tolist()), tuple(std.tolist())

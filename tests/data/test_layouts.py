@@ -195,6 +195,24 @@ def test_classes_as_the_models(tmp_path):
         with_classes(read, ["a", "b", "a"])
 
 
+def test_videos_without_labels(tmp_path):
+    video(tmp_path / "train" / "x" / "y" / "1.mp4")
+    video(tmp_path / "train" / "2.mp4")
+    video(tmp_path / "val" / "a" / "3.mp4")
+    read = read_dataset("unlabelled", tmp_path)
+    assert [(path.name, label) for path, label in read.samples] == [("2.mp4", 0), ("1.mp4", 0)]
+    assert read.classes == []
+    assert read_dataset("unlabelled", tmp_path, "val").classes == ["a"]
+    with pytest.raises(AnnotationError, match="has no folder 'test'"):
+        read_dataset("unlabelled", tmp_path, "test")
+    (tmp_path / "val" / "a" / "3.mp4").rename(tmp_path / "3.mp4")
+    (tmp_path / "val").rename(tmp_path / "train" / "z")
+    for path in (tmp_path / "train").rglob("*.mp4"):
+        path.unlink()
+    with pytest.raises(AnnotationError, match="train holds no videos"):
+        read_dataset("unlabelled", tmp_path)
+
+
 def test_numbers_are_places_among_the_models_names(tmp_path):
     listed(tmp_path)
     read = with_classes(read_dataset("list", tmp_path, "val"), [f"class {i}" for i in range(9)])

@@ -246,7 +246,7 @@ def same_weights(run: Path, other: Path) -> bool:
 def test_killed_it_ends_as_if_it_had_not_been(done, data, ours, tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "etmamba_timm", *arguments(data, run, ours, *SETTINGS), "--save-updates", "2"]
-    kill_after(command, run, 5)
+    kill_after(command, run, 4)
     assert main(command[3:]) == 0
     assert same_weights(run, done)
     assert not any("teacher" in key for key in load_file(done / "last.safetensors"))
@@ -258,8 +258,9 @@ def test_killed_it_ends_as_if_it_had_not_been(done, data, ours, tmp_path):
 
 def test_another_teacher_does_not_continue_a_run(data, ours, tmp_path, capsys):
     teacher, run = shutil.copytree(ours, tmp_path / "teacher"), tmp_path / "run"
-    command = arguments(data, run, teacher, "epochs=2", "eval_epochs=2")
-    kill_after([sys.executable, "-m", "etmamba_timm", *command], run, 3)
+    command = arguments(data, run, teacher, "epochs=1", "warmup_epochs=0")
+    assert main(command) == 0
+    shutil.rmtree(run / "model")  # as if it had been stopped before the end
     weights = load_file(teacher / "model.safetensors")
     weights["head.bias"] += 1
     model = load_model(f"local-dir:{teacher}")
@@ -273,7 +274,7 @@ def test_another_teacher_does_not_continue_a_run(data, ours, tmp_path, capsys):
 def test_two_processes(data, videomae, tmp_path):
     """They learn as one does, and end with the same weights if they are killed."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    same = ("drop_path=0", "feature_weight=1", "epochs=4", "eval_epochs=2")
+    same = ("drop_path=0", "feature_weight=1", "epochs=4", "eval_epochs=4")
     assert main(arguments(data, tmp_path / "one", videomae, *same)) == 0
     whole, killed = (
         [*launch, "etmamba_timm", *arguments(data, tmp_path / name, videomae, *same, "batch_size=4")]
@@ -318,11 +319,6 @@ def test_stored_scores(stored, data, ours, tmp_path, caplog):
         assert main(arguments(source, tmp_path / name, teacher, "ema=0.9")) == 0
     assert "lacks 1 of 24 training videos, which have no teacher: first" in caplog.text
     assert same_weights(tmp_path / "here", tmp_path / "there")
-    run = tmp_path / "killed"
-    command = arguments(data, run, stored, "ema=0.9")
-    kill_after([sys.executable, "-m", "etmamba_timm", *command], run, 3)
-    assert main(command) == 0
-    assert same_weights(tmp_path / "here", run)
 
 
 def test_scores_belong_to_their_videos(stored, data):

@@ -198,15 +198,15 @@ def match_classes(classes: Sequence[str], names: Sequence[str], teacher: str) ->
     )
 
 
-def named_as(annotations: Annotations, classes: list[str]) -> Annotations:
-    """The same videos with the teacher's classes, matched by name.
+def named_as(annotations: Annotations, classes: list[str], teacher: str) -> Annotations:
+    """Validation videos with all of the teacher's classes, matched by name.
 
     Raises:
         TeacherError: a class that the teacher lacks, or videos without labels.
     """
     if not annotations.classes:
         raise TeacherError("the validation videos have no labels; put some into folders val/<class>/")
-    numbers = match_classes(annotations.classes, classes, "")
+    numbers = match_classes(annotations.classes, classes, teacher)
     return Annotations([(file, numbers[label]) for file, label in annotations.samples], classes, annotations.missing)
 
 

@@ -137,7 +137,7 @@ class _Training:
         self.distillation = Distillation(recipe, train_set, accelerator) if recipe.teacher else None
         if self.distillation and not train_set.classes:
             train_set = replace(train_set, classes=self.distillation.classes)
-            val_set = named_as(val_set, train_set.classes)
+            val_set = named_as(val_set, train_set.classes, recipe.teacher)
         torch.manual_seed(recipe.seed)
         self.eval_model = build_model(recipe, train_set.classes)
         model = copy.deepcopy(self.eval_model)

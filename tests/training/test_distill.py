@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from shapes import DIRECTIONS, write_shapes
 from torch import nn
@@ -53,6 +54,8 @@ WIDTHS = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "
 @pytest.fixture(autouse=True)
 def cpu(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    yield
+    AcceleratorState._reset_state()  # of `Accelerator` in a test; a run may have another precision
 
 
 @pytest.fixture(scope="module")

@@ -140,14 +140,14 @@ def _features(args: argparse.Namespace) -> int:
 
 def _teach(args: argparse.Namespace) -> int:
     from ..clip import Clip
-    from ..data import read_dataset
+    from ..data import find_layout, read_dataset
     from ..features import check_features_path
 
     with extra("train"):
         from ..training.distill import video_name
         from ..training.teacher import load_teacher, scores_of_videos
     check_features_path(args.output)
-    layout = args.dataset or "folders"
+    layout = args.dataset or find_layout(args.data, args.annotations)
     videos = read_dataset(layout, args.data, args.subset, split=args.split or 1, annotations=args.annotations)
     files = {video_name(file, args.data): file for file, _ in videos.samples}
     with process_group(args):

@@ -238,14 +238,14 @@ def _stored_scores(path: str, files: Sequence[VideoFile]) -> tuple[Tensor, list[
         parts = tuple(str(file).replace(os.sep, "/").split("/"))
         found.append(next((rows[parts[-n:]] for n in lengths if parts[-n:] in rows), len(names)))
     missing = [str(file) for file, row in zip(files, found, strict=True) if row == len(names)]
-    if len(missing) == len(files):
+    if min(found) == len(names):
         raise TeacherError(f"{path} has none of the training videos, such as {files[0]}; but {names[0]} and others")
     if missing:
         _logger.warning(
             "%s lacks %d of %d training videos, which have no teacher: first %s",
             path,
-            len(missing),
-            len(files),
+            len(set(missing)),
+            len(set(map(str, files))),
             missing[0],
         )
     return torch.cat([scores, torch.full_like(scores[:1], torch.nan)])[found], classes

@@ -128,6 +128,7 @@ def make_plan(recipe: Recipe, train_set: Annotations, val_set: Annotations, proc
             + (f" of {recipe.repeat} clips of each video" if recipe.repeat > 1 else ""),
         ),
         ("rate", f"{rate:.3g} with {recipe.opt}, after {warmup} updates of warm-up"),
+        *([("teacher", recipe.teacher)] if recipe.teacher else []),
     ]
     return Plan(facts, warnings, updates)
 
@@ -135,6 +136,8 @@ def make_plan(recipe: Recipe, train_set: Annotations, val_set: Annotations, proc
 def _videos(train_set: Annotations, val_set: Annotations, warnings: list[str]) -> str:
     """The videos and their classes in words; adds warnings."""
     classes = train_set.classes
+    if not classes:
+        return f"{len(train_set.samples)} for training, without labels, and {len(val_set.samples)} for validation"
     train, val = ([0] * len(classes), [0] * len(classes))
     for counts, part in ((train, train_set), (val, val_set)):
         for _, label in part.samples:

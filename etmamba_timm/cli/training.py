@@ -18,6 +18,7 @@ from .options import (
     add_model,
     batch_size,
     check_device,
+    device,
     eval_clips,
     extra,
     is_first_process,
@@ -86,10 +87,10 @@ def _train(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> dict[str, float]:
     """Says what the run will do, and does it; returns its metrics, or nothing with --dry-run."""
-    import torch
-
     from ..data import find_layout, write_split
 
+    if args.probe and args.teacher:
+        raise ValueError("--probe learns the true labels alone; leave out --teacher, or train without --probe")
     with extra("train"):
         from ..training.plan import make_plan, settle
         from ..training.probe import linear_probe
@@ -113,10 +114,9 @@ def _run(args: argparse.Namespace) -> dict[str, float]:
     if args.dry_run:
         return {}
     if args.probe:
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         shown = sys.stderr.isatty()
         metrics = linear_probe(
-            recipe, train_set, val_set, args.output, device=device, workers=args.workers, progress=shown
+            recipe, train_set, val_set, args.output, device=device(args), workers=args.workers, progress=shown
         )
     if lists is not None and is_first_process():  # after a probe, which wants an empty folder
         write_split(lists, args.data, train_set, val_set)

@@ -145,7 +145,7 @@ def test_features_are_kept_when_interrupted(trained, folder, monkeypatch, capsys
                 raise KeyboardInterrupt
             super().__init__(path)
 
-    monkeypatch.setattr(etmamba_timm.data.dataset, "VideoReader", Interrupted)
+    monkeypatch.setattr(etmamba_timm.data.dataset, "open_video", Interrupted)
     assert (
         main(["features", "good.mp4", "other.webm", "good.mp4", *trained, "-o", "kept.safetensors", "--workers", "0"])
         == 130

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "models": {"clip", "layers"},
     "checkpoints": {"clip", "layers", "models", "ops"},
     "zoo": {"checkpoints", "models"},
-    "data": {"clip"},
+    "data": {"clip", "files"},
     "views": {"data"},
     "predict": {"checkpoints", "data", "models", "views", "zoo"},
     "training": {"clip", "checkpoints", "data", "features", "files", "models", "predict", "views", "zoo"},

@@ -45,6 +45,6 @@ class RmsNorm(nn.RMSNorm):
 
 def _dtype(x: Tensor, weight: Tensor, before_linear: bool) -> torch.dtype:
     kind = x.device.type
-    if before_linear and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+    if before_linear and not x.is_meta and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return weight.dtype

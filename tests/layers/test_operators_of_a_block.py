@@ -70,3 +70,11 @@ def test_the_stem_is_four_operators():
     with FakeTensorMode(), torch.no_grad(), Operators() as operators:
         Stfp(3)(torch.empty(BATCH, 3, 4, 16, TOKENS))
     assert operators.names == ["conv_norm_relu"] * 4
+
+
+def test_shapes_without_data():
+    """Devices such as 'meta' have no autocast to ask for."""
+    layer = BLOCKS["stcm"](WIDTH, device="meta")
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(torch.empty(BATCH, TOKENS, WIDTH, device="meta"), GRID)
+    assert (out.shape, out.dtype) == ((BATCH, TOKENS, WIDTH), torch.float32)

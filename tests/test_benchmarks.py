@@ -179,7 +179,9 @@ def test_generated_clips_are_a_dataset(load, tmp_path):
     assert videos.classes == list(finetune.KINDS)
     assert len(videos.samples) == 2 * len(finetune.KINDS)
     for path, _ in videos.samples:
-        frames = read_frames(path, range(24))
-        assert torch.equal(frames, read_frames(again / path.relative_to(first), range(24)))
-        assert not torch.equal(frames, read_frames(other / path.relative_to(first), range(24)))
-        assert (frames.float().std(0) > 20).any()  # something moves
+        frames, same, different = (
+            read_frames(root / path.relative_to(first), range(24)).float() for root in (first, again, other)
+        )
+        assert (frames - same).abs().mean() < 2  # the encoder isn't the same to the bit each time
+        assert (frames - different).abs().mean() > 10
+        assert (frames.std(0) > 20).any()  # something moves

@@ -8,12 +8,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..ops import on_gpu
-from ..ops.kernels.choice import has_tangent, only_plain
+from ..ops.kernels.choice import has_tangent, is_exporting, only_plain
 from .norm import LayerNorm
 from .plain import is_plain
 
 T = TypeVar("T")
-is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # from PyTorch 2.7 on
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, LayerNorm)
 
 

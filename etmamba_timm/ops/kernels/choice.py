@@ -14,6 +14,8 @@ _logger = logging.getLogger(__name__)
 _told: set[str] = set()
 _plain_depth = 0
 
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # from PyTorch 2.7 on
+
 
 @contextlib.contextmanager
 def plain_operators() -> Iterator[None]:

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.choice import is_exporting
 from .backend import Backend, ScanInputs, in_scan_order
-
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # from PyTorch 2.7 on
 
 
 @torch.compiler.disable  # a graph of L unrolled steps would help nobody
@@ -58,7 +57,7 @@ def _step(h: Tensor, step: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
 
 def _loop(body: Callable, h: Tensor, steps: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """`h, y = body(h, (steps[0][t], steps[1][t], ...))` for each t: the last h, and all y stacked."""
-    if _is_exporting():
+    if is_exporting():
         from torch._higher_order_ops.scan import scan as loop
 
         return loop(body, h, tuple(x.contiguous() for x in steps))

@@ -40,11 +40,15 @@ def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, reverse: b
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
+    """Tap by tap, which needs no other layout, as a convolution would."""
     if x.ndim == 4:
         return torch.stack([_plain(row, weight, bias, back) for row, back in zip(x, (False, True), strict=True)])
-    reach = weight.shape[-1] - 1
-    x = F.pad(x.mT, (0, reach) if reverse else (reach, 0))  # [B, N, E] -> [B, E, N + reach]
-    return F.silu(F.conv1d(x, weight.flip(-1) if reverse else weight, bias, groups=len(weight)).mT)
+    dtype, steps = state_dtype(x.dtype), x.shape[1]
+    taps = weight.to(dtype).squeeze(1).unbind(-1)
+    padding = (0, len(taps) - 1) if reverse else (len(taps) - 1, 0)
+    padded = F.pad(x.to(dtype), (0, 0, *padding))  # [B, N + K - 1, E]
+    out = sum(tap * padded[:, i : i + steps] for i, tap in enumerate(taps[::-1] if reverse else taps))
+    return F.silu(out if bias is None else out + bias.to(dtype)).to(x.dtype)
 
 
 @torch.library.custom_op("etmamba_timm::short_conv", mutates_args=(), device_types=("cpu", "cuda"))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.choice import is_exporting
-from .backend import Backend, ScanInputs, in_scan_order
+from .backend import Backend, ScanInputs
 
 
 @torch.compiler.disable  # a graph of L unrolled steps would help nobody
@@ -21,38 +21,36 @@ def scan(inputs: ScanInputs, reverse_from: int) -> tuple[Tensor, Tensor]:
     The state is float32, or float64 where `A` is. It carries a gradient.
     """
     dtype = inputs.A.dtype
+
+    def turn(x: Tensor) -> Tensor:  # the rows that run backwards; x [L, B, ...]
+        return torch.cat([x[:, :reverse_from], x[:, reverse_from:].flip(0)], 1) if reverse_from < x.shape[1] else x
+
     u, delta, A, B, C, D, z, delta_bias, delta_softplus = inputs.with_sequences(
-        lambda x: in_scan_order(x, reverse_from).to(dtype)
+        lambda x: turn(x.permute(2, 0, 1).to(dtype))  # [B, R, L] -> [L, B, R]
     )
     if delta_bias is not None:
-        delta = delta + delta_bias[:, None]
+        delta = delta + delta_bias
     if delta_softplus:
         delta = F.softplus(delta)
+    A = A.t().contiguous()  # [N, D]: the channels are next to each other
 
-    delta_, x, B, C = (x.permute(2, 0, 1) for x in (delta, delta * u, B, C))  # [L, B, D] or [L, B, N]
-    A = A.t()  # [N, D]: the channels are next to each other
-    rates = A.expand(len(x), *A.shape)  # an exported loop sees only its arguments
-    h, ys = _loop(
-        _step,
-        A.new_zeros(u.shape[0], *A.shape),
-        (rates, delta_[:, :, None], x[:, :, None], B[..., None], C[:, :, None]),
-    )
-    y = ys.permute(1, 3, 2, 0).flatten(1, 2)  # [L, B, 1, D] -> [B, D, L]
+    def step(h: Tensor, now: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """The next state [B, N, D], and the output [B, 1, D]; delta, x [B, 1, D]; B [B, N, 1]; C [B, 1, N]."""
+        delta, x, B, C = now
+        h = torch.exp(delta * A) * h + x * B
+        return h, C @ h
+
+    rows, columns = (delta[:, :, None], (delta * u)[:, :, None]), (B[..., None], C[:, :, None])
+    h, ys = _loop(step, A.new_zeros(u.shape[1], *A.shape), rows + columns)
+    y = ys.squeeze(2)
     if D is not None:
-        y = y + D[:, None] * u
+        y = y + D * u
     if z is not None:
         y = y * F.silu(z)
-    return in_scan_order(y, reverse_from).to(inputs.u.dtype), h.mT
+    return turn(y).permute(1, 2, 0).to(inputs.u.dtype), h.mT
 
 
 BACKEND = Backend("reference", scan, forward_mode=True)
-
-
-def _step(h: Tensor, step: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """The next state [B, N, D], and the output [B, 1, D]; A [N, D]; delta, x [B, 1, D]; B [B, N, 1]; C [B, 1, N]."""
-    A, delta, x, B, C = step
-    h = torch.exp(delta * A) * h + x * B
-    return h, C @ h
 
 
 def _loop(body: Callable, h: Tensor, steps: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

@@ -104,6 +104,18 @@ def weights_folder() -> Path:
     raise RuntimeError(f"weights/manifest.json is neither in {PACKAGE} nor beside it; install the package again")
 
 
+def sample_video() -> Path:
+    """A video that the shipped checkpoint wasn't trained on, named after its action.
+
+    Raises:
+        RuntimeError: it is missing.
+    """
+    sample = next(weights_folder().glob("sample_*.mp4"), None)
+    if sample is None:
+        raise RuntimeError(f"no sample in {weights_folder()}; reinstall etmamba-timm, or give a video file")
+    return sample
+
+
 @cache
 def manifest() -> dict[str, Checkpoint]:
     """The checkpoints by name; the first one of an architecture is its default."""

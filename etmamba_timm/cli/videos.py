@@ -98,7 +98,10 @@ def _predict(args: argparse.Namespace) -> int:
             print(f"etmamba: {text}", file=sys.stderr)
     elif not args.files:
         raise ValueError("no video files are given; name some, or omit --model to run on the sample")
-    args.files = args.files or [_sample()]
+    if not args.files:
+        from ..checkpoints.manifest import sample_video
+
+        args.files = [str(sample_video())]
     with process_group(args):
         model, options = set_up(args, need_classifier=True)
         feeding = _feeding(args, model)
@@ -111,16 +114,6 @@ def _predict(args: argparse.Namespace) -> int:
                 print("\n".join([file, *(f"  {p['score']:7.2%}  {p['label']}" for p in best)]), flush=True)
 
         return each(args, args.files, lambda files: predict_files(model, files, **options, **feeding), show)
-
-
-def _sample() -> str:
-    """A video that the shipped checkpoint wasn't trained on, named after its action."""
-    from ..checkpoints.manifest import weights_folder
-
-    sample = next(weights_folder().glob("sample_*.mp4"), None)
-    if sample is None:
-        raise RuntimeError(f"no sample in {weights_folder()}; reinstall etmamba-timm, or give a video file")
-    return str(sample)
 
 
 def _features(args: argparse.Namespace) -> int:

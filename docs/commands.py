@@ -12,7 +12,7 @@ from etmamba_timm.cli import parser
 PAGE = Path(__file__).parent / "reference" / "commands.md"
 HEAD = """# Commands
 
-All commands exit with status 0, or 1 if some videos failed, or 2 if the command failed; an interruption gives 130. MODEL is a
+The exit status is 0, or 1 if some videos failed, 2 if the command failed, 130 if it was interrupted. MODEL is a
 model's name (`etmamba_ti`), a name with a tag (`videomamba_m.k400_f8`), `hf-hub:ORG/NAME` or `local-dir:FOLDER`.
 
 <!-- Written by docs/commands.py. -->

@@ -1,4 +1,4 @@
-"""The examples, run as scripts on the few videos that they generate: they learn, and frozen weights don't change."""
+"""The examples: scripts learn from the few videos that they generate, frozen weights don't change; notebooks run."""
 
 import importlib.util
 import os
@@ -76,3 +76,21 @@ def test_probe_on_features(tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr
     assert float(re.search(r"accuracy on videos left out: (\S+) of 4 classes", run.stdout)[1]) >= 0.75
+
+
+@pytest.mark.parametrize(("name", "least"), [("classify", r"(\d+) of 20 right"), ("finetune", r"'top1': ([\d.]+)")])
+def test_notebook(name, least, monkeypatch):
+    """It runs without an error, gets most of its videos right, and holds no output of another run."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
+    outputs = [output for cell in code for output in cell.outputs]
+    text = "".join(o.get("text", "") + o.get("data", {}).get("text/plain", "") for o in outputs)
+    found = re.search(least, text)
+    assert found, text
+    assert float(found[1]) >= {"classify": 17, "finetune": 0.5}[name], text

@@ -1,9 +1,9 @@
-"""The shipped checkpoint's figures, by the package's own commands, into benchmarks/results.
+"""The shipped checkpoint's figures, by the package's own commands, into docs/images.
 
 python -m projects.mocap.figures DATA RUN
 
 Confusions (of the scores that ship.py left), t-SNE, effective receptive field, a timeline over joined test
-videos, and the run's learning curve.
+videos, and the run's learning curve. `front.py` draws the README's picture.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from etmamba_timm.training.run_folder import TRAIN_LOG, VAL_LOG
 
 from .join import join, share_right
 from .runs import etmamba, read_log
-from .ship import NAME, RESULTS, about, test_videos
+from .ship import IMAGES, NAME, RESULTS, about, test_videos
 from .variation import CLASSES, SECONDS
 
 JOINED = 12  # videos of the timeline
@@ -47,15 +47,15 @@ def main() -> None:
     args = parser.parse_args()
     videos = [found[0] for found in test_videos(args.data).values()]
     model = ["--model", NAME]
-    learning_curve(args.run, RESULTS / "mocap_learning.png")
-    etmamba("analyze", "confusion", RESULTS / "mocap_test.safetensors", "-o", RESULTS / "mocap_confusion.png")
+    learning_curve(args.run, IMAGES / "mocap_learning.png")
+    etmamba("analyze", "confusion", RESULTS / "mocap_test.safetensors", "-o", IMAGES / "mocap_confusion.png")
     tsne = ["--data", args.data, "--subset", "test", "--classes", len(CLASSES)]
-    etmamba("analyze", "tsne", *model, *tsne, "-o", RESULTS / "mocap_tsne.png")
-    etmamba("analyze", "erf", *videos, *model, "-o", RESULTS / "mocap_erf.png")
+    etmamba("analyze", "tsne", *model, *tsne, "-o", IMAGES / "mocap_tsne.png")
+    etmamba("analyze", "erf", *videos, *model, "-o", IMAGES / "mocap_erf.png")
     with tempfile.TemporaryDirectory() as folder:
         long, segments = Path(folder, "long.mp4"), Path(folder, "segments.csv")
         truth = join(args.data, long, JOINED, seed=0)
-        out = ["--segments", segments, "-o", RESULTS / "mocap_timeline.png"]
+        out = ["--segments", segments, "-o", IMAGES / "mocap_timeline.png"]
         etmamba("timeline", long, *model, "--clip-seconds", CLIP, "--hop", HOP, "--smooth", 1, *out)
         print(f"right for {share_right(truth, segments):.1%} of the time")
     for start, name in truth:

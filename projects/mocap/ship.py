@@ -34,6 +34,7 @@ ROOT = Path(__file__).parents[2]
 NAME = "etmamba_ti.mocap"
 WEIGHTS = ROOT / "weights"
 RESULTS = ROOT / "benchmarks" / "results"
+IMAGES = ROOT / "docs" / "images"
 VIDEOS = ROOT / "tests" / "mocap" / "test"  # of the test part, so many of each class
 EACH = 5
 SEED = 0  # which ones, and which is the sample

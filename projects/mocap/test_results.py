@@ -23,7 +23,7 @@ from .runs import read_log
 from .sheet import read
 from .variation import ACTIONS, CLASSES, FPS
 
-README = (ship.ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ship.ROOT / "docs" / "mocap.md").read_text(encoding="utf-8")
 
 
 def scores(taken_for: dict[str, list[tuple[str, str]]]) -> Scores:
@@ -86,32 +86,32 @@ def test_table_gives_means_and_spreads():
     assert len(lines) == 6
 
 
-def test_the_readme_has_the_measured_table():
+def test_the_page_has_the_measured_table():
     with (ship.RESULTS / "mocap_ablation.csv").open() as file:
         rows = list(csv.DictReader(file))
     for row in rows:
         row |= {name: float(row[name]) for name in ("parameters", "multiply_adds", "step_ms_a_clip")}
         row |= {name: float(row[name]) for name in ("test_top1", "test_pairs")}
-    assert ablation.table(rows) in README
+    assert ablation.table(rows) in PAGE
     lines = [json.loads(row["val_top1"]) for row in rows]
     gains = [100 * (tops[-1] - tops[-2]) for tops in lines]
     assert f"All runs gained {min(gains):.0f} to {max(gains):.0f} points of validation accuracy" in " ".join(
-        README.split()
+        PAGE.split()
     )
 
 
-def test_the_readme_has_the_shipped_checkpoints_figures():
+def test_the_page_has_the_shipped_checkpoints_figures():
     scores = Scores.load(ship.RESULTS / "mocap_test.safetensors")
-    assert table(scores) in README
+    assert table(scores) in PAGE
     wrong = int((scores.probabilities.argmax(1) != scores.labels).sum())
-    assert f"{wrong} of {len(scores.labels)} are wrong" in README
+    assert f"{wrong} of {len(scores.labels)} are wrong" in PAGE
     (side, behind) = by_sector(scores, ("walk", "walk_backwards")).items()
     assert (side[0], behind[0]) == ((70, 80), (120, 130))
     assert f"seen from the side it is right in {side[1]:.1%}, obliquely from behind in {behind[1]:.1%}" in " ".join(
-        README.split()
+        PAGE.split()
     )
     best = max(row["top1"] for row in read_log(ship.RESULTS / "mocap_val.csv"))
-    assert f"validation videos ({best:.1%})" in README
+    assert f"validation videos ({best:.1%})" in PAGE
 
 
 def test_the_shipped_card_has_the_notes():
@@ -121,9 +121,9 @@ def test_the_shipped_card_has_the_notes():
     assert notes in (folder / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_readme_has_what_the_warm_start_ends_at():
+def test_the_page_has_what_the_warm_start_ends_at():
     with (ship.RESULTS / "mocap_warm_start.csv").open() as file:
-        assert warm_start.summary(list(csv.DictReader(file))) in " ".join(README.split())
+        assert warm_start.summary(list(csv.DictReader(file))) in " ".join(PAGE.split())
 
 
 def test_warm_starts_take_all_but_the_classifier(tmp_path):

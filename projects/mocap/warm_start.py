@@ -26,7 +26,7 @@ FIRST = CLASSES[::2]  # VideoMamba learns these, ETMamba the others
 SEEN = {ACTIONS[name].recording for name in FIRST}  # some are motions of ETMamba's half, the other way round
 FIRST_EPOCHS = 4  # VideoMamba's; ETMamba's are the recipe's
 STARTS = ("from scratch", "from VideoMamba by the warm-start map")
-PICTURE = Path(__file__).parents[2] / "benchmarks" / "results" / "mocap_warm_start.png"
+PICTURE = Path(__file__).parents[2] / "docs" / "images" / "mocap_warm_start.png"
 
 
 def part_of(data: Path, out: Path, classes: list[str]) -> Path:

@@ -136,9 +136,9 @@ def test_every_folder_of_weights_is_in_the_manifest():
     assert folders == {entry.source["folder"] for entry in manifest().values() if "folder" in entry.source}
 
 
-def test_the_readmes_table_is_the_manifests():
-    readme = (REPO / "README.md").read_text(encoding="utf-8")
-    section = readme.partition("## Pretrained weights")[2].partition("\n## ")[0]
+def test_the_pages_table_is_the_manifests():
+    page = (REPO / "docs" / "weights.md").read_text(encoding="utf-8")
+    section = page.partition("## VideoMamba's")[2]
     told = {}
     for row in re.findall(r"^\| `(\w+)` \| (.*) \|$", section, re.MULTILINE):
         shown, size, classes, *top1 = row[1].split(" | ")
@@ -152,7 +152,7 @@ def test_the_readmes_table_is_the_manifests():
     }
 
 
-def test_defaults_are_those_that_the_readme_names():
+def test_defaults_are_those_that_the_page_names():
     for size in SIZES.values():
         assert find_checkpoint(f"videomamba_{size}").name == f"videomamba_{size}.k400_f8"
         starts = {name.partition(".")[2] for name in manifest() if name.startswith(f"etmamba_{size}.videomamba_")}

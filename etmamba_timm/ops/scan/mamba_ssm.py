@@ -37,7 +37,7 @@ def _why_no_kernel() -> str | None:
         )
     rebuild = (
         "MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-build-isolation --no-deps --no-cache-dir --force-reinstall "
-        "mamba-ssm (which needs nvcc or a matching wheel; the README says what else PyTorch 2.14 needs)"
+        "mamba-ssm (which needs nvcc or a matching wheel; docs/install.md says what else PyTorch 2.14 needs)"
     )
     try:
         import selective_scan_cuda  # noqa: F401

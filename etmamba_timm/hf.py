@@ -171,8 +171,8 @@ class EtMambaForVideoClassification(PreTrainedModel):
         if wrong:
             raise ValueError(
                 f"{len(wrong)} weights, such as {min(wrong)}, are missing, too many, or of another shape than "
-                'config.json says; for other frames or another size, timm.create_model("local-dir:FOLDER", pretrained=True, '
-                "num_frames=..., img_size=...) and save_checkpoint make another folder"
+                "config.json says. For other frames or another size, make another folder: timm.create_model("
+                '"local-dir:FOLDER", pretrained=True, num_frames=..., img_size=...), and save_checkpoint'
             )
         return (model, info) if output_loading_info else model
 

@@ -1,6 +1,7 @@
 """Fine-tune an ETMamba, or a classifier on its frozen features, with transformers' Trainer.
 
-timm makes the model, and transformers loads the folder that it is saved in: any folder or Hub id of this package would do.
+timm makes the model, and transformers loads the folder that it is saved in: any
+folder or Hub id of this package would do.
 
 python examples/transformers_trainer.py [--data FOLDER] [--freeze] [--model etmamba_ti --pretrained]
 """

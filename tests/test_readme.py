@@ -23,7 +23,8 @@ NETWORK = "# needs the network\n"
 
 @pytest.mark.parametrize("snippet", [s for s in SNIPPETS if not s.startswith(NETWORK)])
 def test_python_runs(snippet, tmp_path, monkeypatch):
-    monkeypatch.chdir(REPO if "torch.hub" in snippet else tmp_path)
+    in_repo = "torch.hub" in snippet or '"weights/' in snippet
+    monkeypatch.chdir(REPO if in_repo else tmp_path)
     if "clip.mp4" in snippet:
         write_video(tmp_path / "clip.mp4", num_frames=40)
     exec(compile(snippet, "README.md", "exec"), {})

@@ -1,7 +1,7 @@
 """Fine-tune an ETMamba, or a classifier on its frozen features, with transformers' Trainer.
 
-transformers reads this package's folders through its wrapper of timm. Built from a bare TimmWrapperConfig, it would
-initialise the weights in its own way, wrongly for the scan. So timm makes the model, which is saved and loaded again.
+timm makes the model, and transformers loads the folder that it is saved in: any
+folder or Hub id of this package would do.
 
 python examples/transformers_trainer.py [--data FOLDER] [--freeze] [--model etmamba_ti --pretrained]
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 import timm
 import torch
 from clips import arguments, training_clips
-from transformers import PrinterCallback, TimmWrapperForImageClassification, Trainer, TrainingArguments
+from transformers import AutoModelForVideoClassification, PrinterCallback, Trainer, TrainingArguments
 
 import etmamba_timm  # noqa: F401 (registers the models)
 from etmamba_timm.checkpoints import save_checkpoint
@@ -31,14 +31,14 @@ start = timm.create_model(
     **args.model_kwargs,
 )
 save_checkpoint(start, folder / "start", label_names=classes, stride=1)
-model = TimmWrapperForImageClassification.from_pretrained(folder / "start")  # a folder, or a repository on the Hub
+model = AutoModelForVideoClassification.from_pretrained(folder / "start")
 if args.freeze:
     model.requires_grad_(False)
     model.timm_model.get_classifier().requires_grad_(True)
 
 
 def collate(items: list[dict]) -> dict:
-    clips = torch.stack([item["clip"] for item in items])  # [B, C, T, H, W], where images would be [B, C, H, W]
+    clips = torch.stack([item["clip"] for item in items]).transpose(1, 2)  # [B, C, T, H, W] -> [B, T, C, H, W]
     return {"pixel_values": clips, "labels": torch.tensor([item["label"] for item in items])}
 
 

@@ -34,7 +34,7 @@ def page(name: str) -> str:
 
 @pytest.mark.parametrize("snippet", [s for s in SNIPPETS if not s.values[0].startswith(NETWORK)])
 def test_python_runs(snippet, tmp_path, monkeypatch):
-    monkeypatch.chdir(REPO if "torch.hub" in snippet else tmp_path)
+    monkeypatch.chdir(REPO if "torch.hub" in snippet or '"weights/' in snippet else tmp_path)
     if '"clip.mp4"' in snippet:
         write_video(tmp_path / "clip.mp4", num_frames=40)
     if '"clips"' in snippet:

@@ -41,7 +41,9 @@ MAY_IMPORT = {
         "zoo",
     },
     "__main__": {"cli"},
-    "__init__": {"zoo"},
+    "on_import": set(),
+    "hf": {"checkpoints", "clip", "data", "models", "zoo"},
+    "__init__": {"on_import", "zoo"},
 }
 
 
@@ -50,9 +52,9 @@ def test_import_is_quiet_and_light(tmp_path):
 import sys, timm
 before = set(sys.modules)  # old versions of torchvision, which timm imports, import av
 import etmamba_timm
-parts = ('data', 'predict', 'checkpoints.publish', 'checkpoints.convert', 'cli', 'training', 'seeing')
+parts = ('data', 'predict', 'checkpoints.publish', 'checkpoints.convert', 'cli', 'training', 'seeing', 'hf')
 parts = {'etmamba_timm.' + part for part in parts}
-heavy = {'av', 'mamba_ssm', 'accelerate', 'tensorboard', 'matplotlib', 'sklearn'} | parts
+heavy = {'av', 'transformers', 'mamba_ssm', 'accelerate', 'tensorboard', 'matplotlib', 'sklearn'} | parts
 print(*heavy & (set(sys.modules) - before), end='')
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True)

@@ -6,6 +6,7 @@ from ..clip import Clip
 
 # Licences that the Hub has a name for.
 KNOWN_LICENCES = {"Apache-2.0": "apache-2.0", "MIT": "mit", "CC-BY-4.0": "cc-by-4.0", "CC-BY-NC-4.0": "cc-by-nc-4.0"}
+NO_CLASSES = "none: features alone"
 
 
 def model_card(title: str, config: Mapping, params: int, dtype: str, model_id: str | None = None) -> str:
@@ -27,13 +28,13 @@ def model_card(title: str, config: Mapping, params: int, dtype: str, model_id: s
         "Architecture": f"`{config['architecture']}` of etmamba_timm",
         "Parameters": f"{params:,}; stored in {dtype}",
         "Clip": f"{clip.num_frames} frames of {height}×{width}, {clip.spacing}",
-        "Classes": config.get("num_classes", cfg.get("num_classes")) or "none: features alone",
+        "Classes": config.get("num_classes", cfg.get("num_classes")) or NO_CLASSES,
         "Source": card.get("source"),
         "Licence": licence or "not stated",
     }
     parts = [_front_matter(licence), f"# {title}\n"]
     parts.append("".join(f"- {name}: {value}\n" for name, value in rows.items() if value is not None))
-    parts.append(_usage(model_id or "local-dir:FOLDER"))
+    parts.append(_usage(model_id or "local-dir:FOLDER", rows["Classes"] != NO_CLASSES))
     if card.get("recipe"):
         parts.append("## Recipe\n\n" + _listed(card["recipe"]))
     parts.append("## Figures\n\n" + (_figures(card["figures"]) if card.get("figures") else "None were measured.\n"))
@@ -55,10 +56,20 @@ def _front_matter(licence: str | None) -> str:
     return "\n".join([*lines, "---"]) + "\n"
 
 
-def _usage(model_id: str) -> str:
-    return (
+def _usage(model_id: str, is_classifier: bool) -> str:
+    text = (
         "## Use\n\n```python\nimport timm\nimport etmamba_timm  # registers the models\n\n"
         f'model = timm.create_model("{model_id}", pretrained=True).eval()\n```\n'
+    )
+    if is_classifier:
+        text += (
+            "\n```python\nimport etmamba_timm\nfrom transformers import pipeline\n\n"
+            f'classify = pipeline("video-classification", model="{model_id.partition(":")[2] or "FOLDER"}")\n'
+            'print(classify("clip.mp4"))\n```\n'
+        )
+    return text + (
+        "\n`import etmamba_timm` comes first. Without it timm and transformers don't know the model; the upgrade that "
+        "they advise\ndoesn't help.\n"
     )
 
 

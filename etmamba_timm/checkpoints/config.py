@@ -16,6 +16,9 @@ from ..models.etmamba import POOLS
 from .errors import CheckpointError
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+# By these transformers finds the classes of `hf`. It wants a file for the processor, whose settings are in config.json.
+MODEL_TYPE, PROCESSOR_FILE = "etmamba_timm", "video_preprocessor_config.json"
+PROCESSOR = '{"video_processor_type": "EtMambaVideoProcessor"}\n'
 # Constructor arguments that say nothing about the weights.
 RUNTIME_ARGS = ("device", "dtype", "drop_rate", "drop_path_rate")
 DATA_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct")

@@ -19,7 +19,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from ..clip import Clip
 from ..models import EtMamba
 from .card import model_card
-from .config import CONFIG_FILE, WEIGHTS_FILE, HubConfig
+from .config import CONFIG_FILE, MODEL_TYPE, PROCESSOR, PROCESSOR_FILE, WEIGHTS_FILE, HubConfig
 from .errors import CheckpointError, first_line
 from .fetch import sha256_of
 from .read import read_checkpoint
@@ -104,10 +104,10 @@ def check_folder(path: str | Path, licence: str | None = None) -> HubFolder:
     dtypes: Counter[torch.dtype] = Counter()
     for tensor in checkpoint.tensors.values():
         dtypes[tensor.dtype] += tensor.numel()
-    published = {WEIGHTS_FILE, CONFIG_FILE, "README.md"}
+    published = {WEIGHTS_FILE, CONFIG_FILE, PROCESSOR_FILE, "README.md"}
     return HubFolder(
         path,
-        {**stated, "num_classes": checkpoint.num_classes, "card": card},
+        {**stated, "model_type": MODEL_TYPE, "num_classes": checkpoint.num_classes, "card": card},
         model.img_size,
         sum(dtypes.values()),
         str(dtypes.most_common(1)[0][0]).removeprefix("torch."),
@@ -146,6 +146,7 @@ def publish(folder: HubFolder, repo: str, *, private: bool = False, revision: st
     operations = [
         CommitOperationAdd(WEIGHTS_FILE, str(folder.path / WEIGHTS_FILE)),
         CommitOperationAdd(CONFIG_FILE, json.dumps(folder.config, indent=2, ensure_ascii=False).encode()),
+        CommitOperationAdd(PROCESSOR_FILE, PROCESSOR.encode()),
         CommitOperationAdd("README.md", folder.card(repo).encode()),
     ]
     api = HfApi(library_name="etmamba_timm")

@@ -1,4 +1,4 @@
-"""Saves a model as a folder in the Hub's layout: model.safetensors and config.json."""
+"""Saves a model as a folder in the Hub's layout: model.safetensors, config.json, and a file for transformers."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..clip import Clip, Stride
 from ..models import EtMamba
-from .config import CONFIG_FILE, WEIGHTS_FILE
+from .config import CONFIG_FILE, MODEL_TYPE, PROCESSOR, PROCESSOR_FILE, WEIGHTS_FILE
 
 # Few, and used in float32 by every model: halving them would cost accuracy and save nothing.
 KEPT_IN_FLOAT32 = ("A_log", "A_b_log", "D", "D_b", "dt_proj.bias", "dt_proj_b.bias")
@@ -55,7 +55,7 @@ def save_checkpoint(
     if names and len(names) != model.num_classes:
         raise ValueError(f"{len(names)} label names for {model.num_classes} classes; give one for each")
     clip = Clip(model.num_frames, model.stride if stride is None else stride)
-    blocks: dict = {"clip": clip.to_config()}
+    blocks: dict = {"model_type": MODEL_TYPE, "clip": clip.to_config()}
     if names:
         blocks["label_names"] = names
     if card:
@@ -71,6 +71,7 @@ def save_checkpoint(
         config["pretrained_cfg"].pop("label_names", None)  # they stand at the root
         config["model_args"].pop("num_classes", None)  # so does it; transformers gives it beside these
         (draft / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (draft / PROCESSOR_FILE).write_text(PROCESSOR, encoding="utf-8")
         if readme is not None:
             (draft / "README.md").write_text(readme(config), encoding="utf-8")
         draft.chmod(0o777 & ~_umask())

@@ -58,6 +58,7 @@ def test_the_card_says_what_there_is_to_say(folder):
         "| mocap | top-1 | 91.5 | 2×3×4 | ours |",
         "run, jump, roll",
         'model = timm.create_model("hf-hub:me/tiny", pretrained=True).eval()',
+        'classify = pipeline("video-classification", model="me/tiny")',
     ):
         assert line in text.splitlines()
 
@@ -173,7 +174,9 @@ def test_published_and_loaded_by_its_name(folder, tmp_path):
         assert any(line.startswith("PUT /lfs/") for line in hub.requests)
         subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, check=True)
     sent = tmp_path / "repos/me/tiny/main"
-    assert {path.name for path in sent.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    names = {"model.safetensors", "config.json", "video_preprocessor_config.json", "README.md"}
+    assert {path.name for path in sent.iterdir()} == names
+    assert json.loads((sent / "config.json").read_text())["model_type"] == "etmamba_timm"
     assert (sent / "README.md").read_text(encoding="utf-8") == check_folder(folder).card("me/tiny")
     weights = load_file(folder / "model.safetensors")
     assert all(torch.equal(value, weights[key]) for key, value in torch.load(tmp_path / "out.pth").items())

@@ -139,7 +139,11 @@ class TestFailures:
     def test_an_empty_folder_is_fine(self, model, tmp_path):
         (tmp_path / "out").mkdir()
         save_checkpoint(model, tmp_path / "out")
-        assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.safetensors", "config.json"}
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {
+            "model.safetensors",
+            "config.json",
+            "video_preprocessor_config.json",
+        }
 
     def test_nothing_is_half_written(self, model, tmp_path):
         with pytest.raises(TypeError, match="not JSON serializable"):

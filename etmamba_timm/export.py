@@ -7,10 +7,9 @@ print(export_model(model, "clips.onnx"))  # how far the file's results are from 
 """
 
 import contextlib
-import json
+import importlib.util
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ import warnings
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,8 +28,6 @@ from .data import EvalTransform, Views
 from .models import EtMamba
 from .ops import plain_operators
 from .runtime import RUNTIMES, describe
-
-_logger = logging.getLogger(__name__)
 
 OPSET = 20  # of ONNX
 # The largest allowed difference from the model, relative to the largest logit. int8 is only reported.
@@ -66,19 +63,13 @@ def export_model(
         sample "video".
 
     Raises:
-        ValueError: another suffix, or a model without classes or in training mode.
-        ModuleNotFoundError: a package for this format is missing.
+        ValueError: another suffix, a model without classes or in training mode, or a missing package.
         ExportError: the file gives other results; it isn't written.
     """
     file = Path(file)
-    if file.suffix not in RUNTIMES:
-        raise ValueError(f"{file}: choose a file name that ends in {', '.join(RUNTIMES)}")
+    check_target(file, dtype)
     if model.training or not model.global_pool or model.num_classes < 1:
         raise ValueError("the model must be in evaluation mode and have a classifier: model.eval()")
-    if dtype == "int8" and file.suffix != ".onnx":
-        raise ValueError(f"int8 is only for .onnx, and {file.name} isn't")
-    if not file.parent.is_dir():
-        raise FileNotFoundError(f"{file.parent} doesn't exist; create it first")
     deployed = Deployed(model, torch.float16 if dtype == "float16" else torch.float32, from_frames)
     about = describe(model, dtype, from_frames)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}-") as folder:
@@ -96,6 +87,19 @@ def export_model(
                 os.replace(part, file.parent / part.name)
         os.replace(written, file)
     return differences
+
+
+def check_target(file: Path, dtype: str) -> None:
+    """Raises the errors of `export_model` about its file, before anything is loaded or computed."""
+    if file.suffix not in RUNTIMES:
+        raise ValueError(f"{file}: choose a file name that ends in {', '.join(RUNTIMES)}")
+    if dtype == "int8" and file.suffix != ".onnx":
+        raise ValueError(f"int8 is only for .onnx, and {file.name} isn't")
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"{file.parent} doesn't exist; create it first")
+    needed = ["onnx", "onnxscript", "onnxruntime"] + (["openvino"] if file.suffix == ".xml" else [])
+    if file.suffix != ".pt2" and (missing := [name for name in needed if importlib.util.find_spec(name) is None]):
+        raise ValueError(f"{', '.join(missing)} isn't installed; pip install 'etmamba-timm[export]'")
 
 
 class Deployed(nn.Module):
@@ -137,8 +141,14 @@ def _write(deployed: Deployed, file: Path, dtype: str, about: str) -> None:
             torch.export.save(program, file, extra_files={"etmamba.json": about})
             return
         onnx_file = file.with_suffix(".onnx")
-        names = {"input_names": ["frames" if deployed.from_frames else "clip"], "output_names": ["logits"]}
-        onnx_program = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False, **names)
+        onnx_program = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            verbose=False,
+            input_names=["frames" if deployed.from_frames else "clip"],
+            output_names=["logits"],
+        )
     assert onnx_program is not None
     onnx_program.model.metadata_props["etmamba"] = about
     onnx_program.save(onnx_file)
@@ -202,7 +212,7 @@ def _sample(deployed: Deployed) -> Tensor:
     model = deployed.model
     transform = EvalTransform.from_model(model, size=model.img_size)
     frames = next(Views([sample_video()], transform, model.clip).read(0))  # uint8 [1, T, H, W, C]
-    return frames if deployed.from_frames else cast(Tensor, transform.normalize(frames))
+    return frames if deployed.from_frames else transform.normalize(frames)
 
 
 @contextlib.contextmanager

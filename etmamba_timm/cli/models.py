@@ -1,4 +1,4 @@
-"""`etmamba info`, `convert` and `publish`."""
+"""`etmamba info`, `convert`, `publish` and `export`."""
 
 import argparse
 import json
@@ -58,6 +58,22 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     publish.add_argument("--private", action="store_true", help="make a new repository private")
     publish.add_argument("--revision", metavar="BRANCH", help="an existing branch (default main)")
     publish.set_defaults(run=_publish)
+
+    export = commands.add_parser("export", help="write a model as a file for ONNX, OpenVINO or PyTorch alone")
+    export.add_argument("model", metavar="MODEL", help="a model's name, hf-hub:ORG/NAME or local-dir:FOLDER")
+    export.add_argument("--checkpoint", type=Path, help="weights of the model: .safetensors or .pth")
+    export.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help=".onnx, .xml or .pt2")
+    export.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "int8"),
+        default="float32",
+        help="of the weights; int8 quantises the linear layers (default float32)",
+    )
+    export.add_argument(
+        "--from-frames", action="store_true", help="take uint8 frames [B, T, H, W, C], and normalise them in the file"
+    )
+    export.add_argument("--allow-untrained", action="store_true", help="allow a model without trained weights")
+    export.set_defaults(run=_export)
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -196,4 +212,19 @@ def _publish(args: argparse.Namespace) -> int:
     print("\nREADME.md:\n\n" + folder.card(args.repo))
     entry = json.dumps({f"{folder.config['architecture']}.TAG": folder.manifest_entry(args.repo)}, indent=2)
     print("entry for weights/manifest.json:\n\n" + entry)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from ..export import BOUNDS, check_target, export_model
+    from ..predict import load_model
+
+    check_target(args.output, args.dtype)
+    model = load_model(args.model, args.checkpoint, allow_untrained=args.allow_untrained)
+    differences = export_model(model, args.output, dtype=args.dtype, from_frames=args.from_frames)
+    print(f"written       {args.output} ({args.output.stat().st_size / 1e6:.1f} MB)")
+    for name, difference in differences.items():
+        print(f"{name:14}differs by {difference:.1e} of the largest logit")
+    if args.dtype not in BOUNDS:
+        print(f"{args.dtype} has no limit: compare the classes on your own videos")
     return 0

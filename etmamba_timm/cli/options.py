@@ -135,6 +135,8 @@ def set_up(args: argparse.Namespace, need_classifier: bool) -> "tuple[EtMamba, V
     from ..predict import load_model
 
     where = device(args)
+    if Path(args.model).suffix in (".onnx", ".xml", ".pt2"):
+        return _set_up_file(args, where, need_classifier)
     model = load_model(
         args.model, args.checkpoint, allow_untrained=args.allow_untrained, need_classifier=need_classifier
     )
@@ -147,6 +149,20 @@ def set_up(args: argparse.Namespace, need_classifier: bool) -> "tuple[EtMamba, V
         forward = torch.compile(model.forward_features, dynamic=True, mode=mode)
         model.forward_features = forward  # type: ignore[method-assign]
     return model, {"num_clips": args.num_clips, "num_crops": args.num_crops, "dtype": autocast_dtype(args)}
+
+
+def _set_up_file(args: argparse.Namespace, where: str, need_classifier: bool) -> "tuple[EtMamba, ViewOptions]":
+    """`set_up` for a file that `etmamba export` wrote."""
+    from ..runtime import load_exported
+
+    if not need_classifier:
+        raise ValueError(f"{args.model} only gives class scores; name the model that it was exported from")
+    if args.checkpoint or args.dtype != "float32" or getattr(args, "compile", False):
+        raise ValueError(f"{args.model} has its own weights and dtype; omit --checkpoint, --dtype and --compile")
+    if args.device and where != "cpu":
+        raise ValueError(f"{args.model} runs on the CPU here; omit --device")
+    model = load_exported(args.model, getattr(args, "runtime", None))
+    return model, {"num_clips": args.num_clips, "num_crops": args.num_crops, "dtype": None}  # type: ignore[return-value]
 
 
 def device(args: argparse.Namespace) -> str:

@@ -46,6 +46,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     add_model(predict, default=SHIPPED)
     _add_feeding(predict)
     add_compile(predict)
+    text = "what runs a file of `etmamba export`: onnxruntime, openvino or torch (default: by the file's suffix)"
+    predict.add_argument("--runtime", choices=("onnxruntime", "openvino", "torch"), help=text)
     predict.add_argument("--topk", type=positive, default=5, metavar="K", help="classes to print (default 5)")
     predict.add_argument("--json", action="store_true", help="print one JSON object per file, one per line")
     predict.set_defaults(run=_predict)

@@ -47,7 +47,8 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Ten
     taps = weight.to(dtype).squeeze(1).unbind(-1)
     padding = (0, len(taps) - 1) if reverse else (len(taps) - 1, 0)
     padded = F.pad(x.to(dtype), (0, 0, *padding))  # [B, N + K - 1, E]
-    out = sum(tap * padded[:, i : i + steps] for i, tap in enumerate(taps[::-1] if reverse else taps))
+    terms = [tap * padded[:, i : i + steps] for i, tap in enumerate(taps[::-1] if reverse else taps)]
+    out = sum(terms[1:], terms[0])
     return F.silu(out if bias is None else out + bias.to(dtype)).to(x.dtype)
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import __version__
 from .checkpoints.read import architecture_of
 from .clip import Clip
 from .data import EvalTransform
@@ -92,7 +91,6 @@ def describe(model: EtMamba, dtype: str, from_frames: bool) -> str:
     """What a file says of itself, as JSON."""
     transform = EvalTransform.from_model(model, size=model.img_size)
     about = {
-        "package": f"etmamba_timm {__version__}",
         "architecture": architecture_of(model.state_dict()),
         "dtype": dtype,
         "input": "frames" if from_frames else "clip",

@@ -25,17 +25,21 @@ MAY_IMPORT = {
     "data": {"clip", "files"},
     "views": {"data"},
     "predict": {"checkpoints", "data", "models", "views", "zoo"},
+    "runtime": {"checkpoints", "clip", "data", "models", "predict"},
+    "export": {"checkpoints", "data", "models", "ops", "runtime"},
     "training": {"clip", "checkpoints", "data", "features", "files", "models", "predict", "views", "zoo"},
     "seeing": {"clip", "checkpoints", "data", "files", "models", "predict", "training"},
     "cli": {
         "clip",
         "checkpoints",
         "data",
+        "export",
         "features",
         "files",
         "models",
         "ops",
         "predict",
+        "runtime",
         "seeing",
         "training",
         "zoo",
@@ -52,7 +56,7 @@ def test_import_is_quiet_and_light(tmp_path):
 import sys, timm
 before = set(sys.modules)  # old versions of torchvision, which timm imports, import av
 import etmamba_timm
-parts = ('data', 'predict', 'checkpoints.publish', 'checkpoints.convert', 'cli', 'training', 'seeing', 'hf')
+parts = ('data', 'predict', 'checkpoints.publish', 'checkpoints.convert', 'cli', 'training', 'seeing', 'hf', 'export')
 parts = {'etmamba_timm.' + part for part in parts}
 heavy = {'av', 'transformers', 'mamba_ssm', 'accelerate', 'tensorboard', 'matplotlib', 'sklearn'} | parts
 print(*heavy & (set(sys.modules) - before), end='')

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..models import EtMamba
 
 T = TypeVar("T")
+SHIPPED = "etmamba_ti.mocap"
 DTYPES = ("float32", "bfloat16", "float16")
 SMALL_BATCH = 4  # clips; up to this many, --compile uses CUDA graphs
 

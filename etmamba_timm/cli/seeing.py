@@ -1,9 +1,27 @@
-"""`etmamba analyze` and `timeline`."""
+"""`etmamba analyze`, `timeline` and `demo`."""
 
 import argparse
+import sys
+import threading
+from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .options import add_batches, add_dataset, add_model, batch_size, eval_clips, extra, odd, positive, set_up
+from .options import (
+    SHIPPED,
+    add_batches,
+    add_dataset,
+    add_model,
+    batch_size,
+    eval_clips,
+    extra,
+    odd,
+    positive,
+    set_up,
+)
+
+if TYPE_CHECKING:
+    from ..models import EtMamba
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -54,6 +72,17 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     timeline.add_argument("--segments", type=Path, metavar="FILE", help="write the segments to a .csv or .json file")
     timeline.add_argument("-o", "--output", type=Path, metavar="FILE", help="plot the scores: .png, .pdf or .svg")
     timeline.set_defaults(run=_timeline)
+
+    demo = commands.add_parser("demo", help="try models in the browser, on videos that you upload")
+    add_model(demo, views=False, default=SHIPPED)
+    demo.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for all (default: this computer alone)"
+    )
+    demo.add_argument("--port", type=int, help="port to listen at (default: the first free one from 7860 on)")
+    demo.add_argument("--share", action="store_true", help="open a public link, through Gradio's servers")
+    demo.add_argument("--max-seconds", type=positive, default=120, metavar="S", help="longest video (default 120)")
+    demo.add_argument("--max-mb", type=positive, default=200, metavar="MB", help="largest video (default 200)")
+    demo.set_defaults(run=_demo)
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
@@ -154,6 +183,40 @@ def _timeline(args: argparse.Namespace) -> int:
         write_segments(segments, args.segments)
     if args.output is not None:
         plot_timeline(scores, args.output, args.smooth)
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    import signal
+
+    from ..checkpoints import manifest
+    from ..checkpoints.manifest import sample_video
+
+    with extra("demo"):
+        import matplotlib.figure  # noqa: F401 - now, rather than at the first answer
+
+        from ..seeing.demo import serve
+    if args.port is not None and not 0 < args.port < 65536:
+        raise ValueError(f"--port is {args.port}; choose one from 1 to 65535")
+    if args.model is None and args.checkpoint is not None:
+        raise ValueError("--checkpoint needs --model, the architecture of its weights")
+    shipped = [name for name, entry in manifest().items() if entry.folder and entry.is_classifier]
+    names = [args.model] if args.model else []
+    names += [name for name in shipped if name not in names]
+
+    @lru_cache(maxsize=2)
+    def load(name: str) -> "EtMamba":
+        checkpoint = args.checkpoint if name == args.model else None
+        chosen = argparse.Namespace(**{**vars(args), "model": name, "checkpoint": checkpoint})
+        return set_up(chosen, need_classifier=True)[0]
+
+    load(names[0])  # errors are shown here, rather than in the page
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # uploads are deleted then too
+    limits = {"most_seconds": args.max_seconds, "most_megabytes": args.max_mb}
+    with serve(load, names, sample_video(), host=args.host, port=args.port, share=args.share, **limits) as page:
+        print(page.share_url or page.local_url, flush=True)
+        print("Ctrl+C stops it.", file=sys.stderr)
+        threading.Event().wait()
     return 0
 
 

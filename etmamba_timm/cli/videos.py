@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .options import (
+    SHIPPED,
     add_batches,
     add_compile,
     add_dataset,
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 
     from ..clip import Clip
     from ..models import EtMamba
-
-SHIPPED = "etmamba_ti.mocap"
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:

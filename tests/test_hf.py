@@ -262,6 +262,16 @@ def test_figures_are_not_those_of_a_model_trained_further(tmp_path):
     assert json.loads((tmp_path / "out/config.json").read_text())["card"] == {"licence": "Apache-2.0"}
 
 
+@pytest.fixture
+def own_accelerator():
+    """Trainer's accelerator and its settings, which a process has once, don't outlive the test."""
+    from accelerate.state import AcceleratorState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("own_accelerator")
 def test_trainer(tmp_path):
     """Trains, resumes from its checkpoint, and saves what timm and a pipeline load."""
     folder = tmp_path / "model"

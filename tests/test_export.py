@@ -147,6 +147,7 @@ def test_a_file_with_other_results_is_not_written(tmp_path, monkeypatch):
         (["predict", "clip.mp4", "--model", "damaged.pt2"], "damaged.pt2 isn't a file that `etmamba export` wrote"),
         (["predict", "clip.mp4", "--model", "damaged.xml"], "damaged.xml isn't a file that `etmamba export` wrote"),
         (["predict", "clip.mp4", "--model", "damaged.pt2", "--runtime", "onnxruntime"], "does not run it; choose"),
+        (["predict", "clip.mp4", "--model", "etmamba_ti.mocap", "--runtime", "torch"], "isn't one; omit it"),
         (["predict", "clip.mp4", "--model", "damaged.onnx", "--dtype", "bfloat16"], "omit --checkpoint, --dtype"),
         (["features", "clip.mp4", "--model", "damaged.onnx", "-o", "f.safetensors"], "only gives class scores"),
     ],

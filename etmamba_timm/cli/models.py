@@ -198,6 +198,7 @@ def _labels(file: Path) -> list[str]:
 
 
 def _publish(args: argparse.Namespace) -> int:
+    from ..checkpoints.config import CONFIG_FILE, PROCESSOR_FILE
     from ..checkpoints.publish import check_folder, check_repo, publish
 
     check_repo(args.repo)
@@ -207,7 +208,7 @@ def _publish(args: argparse.Namespace) -> int:
         return 0
     print(f"{args.repo}, {'private' if args.private else 'public'}, branch {args.revision or 'main'}: would get")
     print(f"  model.safetensors  {folder.size:,} bytes, sha256 {folder.sha256}")
-    print("  config.json\n  README.md")
+    print(f"  {CONFIG_FILE}\n  {PROCESSOR_FILE}\n  README.md")
     print("left out: " + (", ".join(folder.left_out) or "nothing"))
     print("\nREADME.md:\n\n" + folder.card(args.repo))
     entry = json.dumps({f"{folder.config['architecture']}.TAG": folder.manifest_entry(args.repo)}, indent=2)

@@ -138,6 +138,8 @@ def set_up(args: argparse.Namespace, need_classifier: bool) -> "tuple[EtMamba, V
     where = device(args)
     if Path(args.model).suffix in (".onnx", ".xml", ".pt2"):
         return _set_up_file(args, where, need_classifier)
+    if getattr(args, "runtime", None):
+        raise ValueError(f"--runtime is for a file of `etmamba export`, and {args.model} isn't one; omit it")
     model = load_model(
         args.model, args.checkpoint, allow_untrained=args.allow_untrained, need_classifier=need_classifier
     )

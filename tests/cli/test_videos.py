@@ -1,5 +1,6 @@
 """`etmamba predict` and `features` over many files: batches, workers, interruptions, and several processes."""
 
+import glob
 import json
 import signal
 import subprocess
@@ -113,8 +114,8 @@ raise SystemExit(main({["features", *FILES, *MODEL, "--num-crops", "3", "-o", st
     partials: list[Path] = []
     try:
         while process.poll() is None and not (partials and partials[0].read_bytes().count(b"\n") == 5):
-            time.sleep(0.05)  # until settings and four files are there
-            partials = list(tmp_path.rglob("*.partial"))
+            time.sleep(0.05)  # until settings and four files are there; pathlib's glob fails where a folder vanishes
+            partials = [Path(name) for name in glob.glob(f"{tmp_path}/**/*.partial", recursive=True)]
         process.send_signal(how)
         process.wait(60)
     finally:

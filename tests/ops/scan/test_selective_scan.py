@@ -209,10 +209,14 @@ def test_gradcheck(backend):
 
 
 @pytest.mark.parametrize("backend", HERE)
-def test_large_steps_stay_finite(backend):
+def test_large_steps_and_gates_stay_finite(backend):
     args = {k: t.detach() for k, t in arguments(1, 4, 50, 3, torch.float32).items()}
-    args["delta"] = args["delta"] * 1e3
-    assert selective_scan(**args, delta_softplus=True, backend=backend).isfinite().all()
+    args |= {name: (args[name] * 1e3).requires_grad_() for name in ("delta", "z")}
+    y = selective_scan(**args, delta_softplus=True, backend=backend)
+    assert y.isfinite().all()
+    y.sum().backward()
+    assert args["delta"].grad.isfinite().all()
+    assert args["z"].grad.isfinite().all()
 
 
 @pytest.mark.parametrize("backend", FAST)

@@ -130,9 +130,7 @@ template <bool ROUGH = false> inline Vec<double> softplus(Vec<double> x) {
     return x;
 }
 
-inline Vec<double> reciprocal(Vec<double> x) { return 1 / x; }
-
-inline Vec<float> reciprocal(Vec<float> x) {  // of numbers that are not subnormal
+inline Vec<float> reciprocal(Vec<float> x) {  // of normal numbers up to 2^126
 #if defined(__AVX512F__)
     const Vec<float> y = _mm512_rcp14_ps(x);  // a division takes as long as all the rest of a sigmoid
     return y + y * (1 - x * y);
@@ -141,7 +139,12 @@ inline Vec<float> reciprocal(Vec<float> x) {  // of numbers that are not subnorm
 #endif
 }
 
-template <bool ROUGH = false, typename V> inline V sigmoid(V x) { return reciprocal(1 + vexp<ROUGH>(-x)); }
+template <bool ROUGH = false> inline Vec<double> sigmoid(Vec<double> x) { return 1 / (1 + vexp(-x)); }
+
+template <bool ROUGH = false> inline Vec<float> sigmoid(Vec<float> x) {  // at least 2^-126
+    const Vec<float> most = Vec<float>{} + 126.f;  // e^-x is infinite below -88, and the reciprocal not a number
+    return reciprocal(1 + vexp2<ROUGH>(vmin(most, x * -(float)LOG2E)));
+}
 
 // ---- memory: tensors in T, arithmetic in S
 

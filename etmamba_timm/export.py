@@ -14,10 +14,10 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from .data import EvalTransform, Views
 from .models import EtMamba
 from .ops import plain_operators
 from .runtime import RUNTIMES, describe
+
+if TYPE_CHECKING:
+    import onnx_ir
 
 OPSET = 20  # of ONNX
 # The largest allowed difference from the model, relative to the largest logit. int8 is only reported.
@@ -44,10 +47,11 @@ def export_model(
     *,
     dtype: Literal["float32", "float16", "int8"] = "float32",
     from_frames: bool = False,
+    calibration: Sequence[str | Path] = (),
 ) -> dict[str, float]:
-    """Writes a model as a file that runs without this package, for any batch, and checks it.
+    """Writes a model as a file that runs without this package, for any batch and number of frames, and checks it.
 
-    The number of frames and the picture size are the model's. ETMamba is folded. The file holds, as JSON under
+    The picture size is the model's. ETMamba is folded. The file holds, as JSON under
     `etmamba`, what is needed to use it: `labels`, `clip` (frames and stride), `mean`, `std`, `size`, `interpolation`,
     `crop_pct`, and the architecture. Its output are logits [B, classes] in float32: take the softmax.
 
@@ -55,19 +59,25 @@ def export_model(
         model: a model in evaluation mode, with a classifier. It isn't changed.
         file: `.onnx`, `.xml` for OpenVINO (weights go into a `.bin` beside it), `.pt2` for PyTorch's exported program.
         dtype: of the weights. float16 halves the file; sums and the scan's states stay in float32. int8 is only for
-            `.onnx`: weights and inputs of the linear layers, scaled as the model runs.
+            `.onnx`: weights and inputs of the linear layers.
         from_frames: take RGB frames, uint8 [B, T, H, W, 3] of the model's size, instead of normalised clips
             [B, C, T, H, W]. Resizing and cropping are left to the caller.
+        calibration: videos that tell the range of int8's inputs (some 100). Without them each input is scaled by
+            its own range as the model runs.
 
     Returns: the largest difference from the model's logits, relative to the largest logit, on "random" clips and on the
         sample "video".
 
     Raises:
-        ValueError: another suffix, a model without classes or in training mode, or a missing package.
+        ValueError: another suffix, a model without classes or in training mode, a missing package, or calibration for
+            another dtype.
+        VideoError: a video that can't be read.
         ExportError: the file gives other results; it isn't written.
     """
     file = Path(file)
     check_target(file, dtype)
+    if calibration and dtype != "int8":
+        raise ValueError(f"calibration is for int8, and dtype is {dtype}")
     if model.training or not model.global_pool or model.num_classes < 1:
         raise ValueError("the model must be in evaluation mode and have a classifier: model.eval()")
     deployed = Deployed(model, torch.float16 if dtype == "float16" else torch.float32, from_frames)
@@ -75,7 +85,9 @@ def export_model(
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}-") as folder:
         written = Path(folder) / file.name
         with _quiet():
-            _write(deployed, written, dtype, about)
+            _write(deployed, written, about)
+            if dtype == "int8":
+                _quantise(deployed, written, calibration)
         differences = _check(model, written, dtype, from_frames)
         if (worst := max(differences.values())) > BOUNDS.get(dtype, float("inf")):
             raise ExportError(
@@ -131,12 +143,13 @@ class Deployed(nn.Module):
         return torch.randn(batch, self.model.in_chans, *size)
 
 
-def _write(deployed: Deployed, file: Path, dtype: str, about: str) -> None:
+def _write(deployed: Deployed, file: Path, about: str) -> None:
     example = deployed.example(2)
+    frames_at = 1 if deployed.from_frames else 2
+    sizes = {0: torch.export.Dim("batch", min=1), frames_at: torch.export.Dim("frames", min=1)}
+    torch.compiler.reset()  # what an earlier export found out about the scan's length would be taken for granted
     with torch.no_grad(), plain_operators():
-        program = torch.export.export(
-            deployed, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), strict=False
-        )
+        program = torch.export.export(deployed, (example,), dynamic_shapes=(sizes,), strict=False)
         if file.suffix == ".pt2":
             torch.export.save(program, file, extra_files={"etmamba.json": about})
             return
@@ -146,25 +159,51 @@ def _write(deployed: Deployed, file: Path, dtype: str, about: str) -> None:
             dynamo=True,
             opset_version=OPSET,
             verbose=False,
-            input_names=["frames" if deployed.from_frames else "clip"],
+            optimize=False,  # takes minutes
+            input_names=[_input_name(deployed)],
             output_names=["logits"],
         )
     assert onnx_program is not None
+    _simplify(onnx_program.model)
     onnx_program.model.metadata_props["etmamba"] = about
     onnx_program.save(onnx_file)
-    if dtype == "int8":
-        from onnxruntime.quantization import QuantType, quantize_dynamic
-
-        exact = onnx_file.rename(onnx_file.with_name("exact.onnx"))
-        quantize_dynamic(exact, onnx_file, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
-        exact.unlink()
     if file.suffix == ".xml":
         import openvino
 
         converted = openvino.convert_model(onnx_file)
         converted.set_rt_info(about, "etmamba")
-        openvino.save_model(converted, file, compress_to_fp16=dtype == "float16")
+        openvino.save_model(converted, file, compress_to_fp16=deployed.dtype == torch.float16)
         onnx_file.unlink()
+
+
+def _simplify(model: "onnx_ir.Model") -> None:
+    """Computes what doesn't depend on the input, and joins what is computed twice: a quarter of the nodes remain."""
+    from onnx_ir.passes.common import CommonSubexpressionEliminationPass
+    from onnxscript.optimizer import fold_constants, remove_unused_nodes
+
+    fold_constants(model, onnx_shape_inference=True)
+    CommonSubexpressionEliminationPass()(model)
+    remove_unused_nodes(model)
+
+
+def _quantise(deployed: Deployed, file: Path, calibration: Sequence[str | Path]) -> None:
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
+
+    class Clips(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.videos = iter(calibration)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            video = next(self.videos, None)
+            return None if video is None else {_input_name(deployed): _input(deployed, video).numpy()}
+
+    exact = file.rename(file.with_name("exact.onnx"))
+    layers = ["MatMul", "Gemm"]
+    if calibration:
+        quantize_static(exact, file, Clips(), op_types_to_quantize=layers, per_channel=True)
+    else:
+        quantize_dynamic(exact, file, weight_type=QuantType.QInt8, op_types_to_quantize=layers)
+    exact.unlink()
 
 
 _RUN = """
@@ -193,7 +232,7 @@ np.savez(outputs, **{name: run(x) for name, x in np.load(inputs).items()})
 def _check(model: EtMamba, file: Path, dtype: str, from_frames: bool) -> dict[str, float]:
     """Runs the file in another process, that can't import this package; see `export_model` for the result."""
     exact = Deployed(model, torch.float32, from_frames)
-    inputs = {"random": exact.example(3), "video": _sample(exact)}
+    inputs = {"random": exact.example(3), "video": _input(exact, sample_video())}
     expected = {name: exact(x) for name, x in inputs.items()}
     with tempfile.TemporaryDirectory() as folder:
         given, found = Path(folder) / "given.npz", Path(folder) / "found.npz"
@@ -207,11 +246,15 @@ def _check(model: EtMamba, file: Path, dtype: str, from_frames: bool) -> dict[st
     return {name: ((results[name] - y).abs().max() / y.abs().max()).item() for name, y in expected.items()}
 
 
-def _sample(deployed: Deployed) -> Tensor:
-    """The sample video as an input."""
+def _input_name(deployed: Deployed) -> str:
+    return "frames" if deployed.from_frames else "clip"
+
+
+def _input(deployed: Deployed, video: str | Path) -> Tensor:
+    """A clip of a video as an input."""
     model = deployed.model
     transform = EvalTransform.from_model(model, size=model.img_size)
-    frames = next(Views([sample_video()], transform, model.clip).read(0))  # uint8 [1, T, H, W, C]
+    frames = next(Views([Path(video)], transform, model.clip).read(0))  # uint8 [1, T, H, W, C]
     return frames if deployed.from_frames else transform.normalize(frames)
 
 

@@ -49,14 +49,14 @@ def exported(tmp_path_factory) -> tuple[Path, Path]:
     return folder / "model", folder / "small.onnx"
 
 
-def clips(batch: int) -> torch.Tensor:
-    return torch.randn(batch, 3, 2, 32, 32, generator=torch.Generator().manual_seed(batch))
+def clips(batch: int, frames: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 3, frames, 32, 32, generator=torch.Generator().manual_seed(batch))
 
 
-@pytest.mark.parametrize("batch", range(1, 6))
-def test_any_batch(exported, batch):
-    expected = load_model(f"local-dir:{exported[0]}")(clips(batch))
-    found = load_exported(exported[1])(clips(batch))
+@pytest.mark.parametrize(("batch", "frames"), [(1, 2), (2, 2), (3, 1), (4, 3), (5, 8)])
+def test_any_batch_and_number_of_frames(exported, batch, frames):
+    expected = load_model(f"local-dir:{exported[0]}")(clips(batch, frames))
+    found = load_exported(exported[1])(clips(batch, frames))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 
 
@@ -77,18 +77,24 @@ def test_formats_and_blocks(tmp_path, name, file):
     assert max(differences.values()) <= 1e-4
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
     loaded = load_exported(tmp_path / file)
-    for batch in (1, 2, 5):
-        expected = model(clips(batch))
-        found = loaded(clips(batch))
+    for batch, frames in ((1, 2), (2, 3), (5, 1)):
+        expected = model(clips(batch, frames))
+        found = loaded(clips(batch, frames))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
     names = {file} | ({"small.bin"} if file.endswith(".xml") else set())
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [("float16", 2e-2), ("int8", 0.1)])
-def test_smaller_weights(tmp_path, exported, dtype, limit):
+@pytest.mark.parametrize(
+    ("dtype", "limit", "calibration"),
+    [("float16", 2e-2, []), ("int8", 0.1, []), ("int8", 0.2, [sample_video(), sample_video()])],
+)
+def test_smaller_weights(tmp_path, exported, dtype, limit, calibration):
     model = small()
-    export_model(model, tmp_path / "small.onnx", dtype=dtype)
+    export_model(model, tmp_path / "small.onnx", dtype=dtype, calibration=calibration)
+    operators = {node.op_type for node in pytest.importorskip("onnx").load(tmp_path / "small.onnx").graph.node}
+    assert ("DynamicQuantizeLinear" in operators) == (dtype == "int8" and not calibration)
+    assert ("QuantizeLinear" in operators) == bool(calibration)
     expected = model(clips(3))
     found = load_exported(tmp_path / "small.onnx")(clips(3))
     assert found.dtype == torch.float32
@@ -141,6 +147,8 @@ def test_a_file_with_other_results_is_not_written(tmp_path, monkeypatch):
         (["export", "etmamba_ti.mocap", "-o", "model.tflite"], r"ends in \.onnx, \.xml, \.pt2"),
         (["export", "etmamba_ti.mocap", "-o", "model.xml", "--dtype", "int8"], r"int8 is only for \.onnx"),
         (["export", "etmamba_ti.mocap", "-o", "none/model.onnx"], "none doesn't exist"),
+        (["export", "etmamba_ti.mocap", "-o", "model.onnx", "--calibrate", "."], "--calibrate is for --dtype int8"),
+        (["export", "etmamba_ti.mocap", "-o", "m.onnx", "--dtype", "int8", "--calibrate", "no"], "no: no videos there"),
         (["export", "etmamba_ti", "-o", "model.onnx"], "starting point"),
         (["predict", "clip.mp4", "--model", "none.onnx"], "none.onnx doesn't exist"),
         (["predict", "clip.mp4", "--model", "damaged.onnx"], "damaged.onnx isn't a file that `etmamba export` wrote"),

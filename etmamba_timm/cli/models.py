@@ -72,6 +72,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     export.add_argument(
         "--from-frames", action="store_true", help="take uint8 frames [B, T, H, W, C], and normalise them in the file"
     )
+    text = "a folder of videos that tell the range of int8's inputs (default: scale each as the model runs)"
+    export.add_argument("--calibrate", type=Path, metavar="DIR", help=text)
     export.add_argument("--allow-untrained", action="store_true", help="allow a model without trained weights")
     export.set_defaults(run=_export)
 
@@ -217,15 +219,22 @@ def _publish(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    from ..data.annotations import video_files
     from ..export import BOUNDS, check_target, export_model
     from ..predict import load_model
 
     check_target(args.output, args.dtype)
+    if args.calibrate and args.dtype != "int8":
+        raise ValueError(f"--calibrate is for --dtype int8, not {args.dtype}")
+    videos = video_files(args.calibrate) if args.calibrate else []
+    if args.calibrate and not videos:
+        raise ValueError(f"--calibrate {args.calibrate}: no videos there")
     model = load_model(args.model, args.checkpoint, allow_untrained=args.allow_untrained)
-    differences = export_model(model, args.output, dtype=args.dtype, from_frames=args.from_frames)
+    options = {"dtype": args.dtype, "from_frames": args.from_frames, "calibration": videos}
+    differences = export_model(model, args.output, **options)
     print(f"written       {args.output} ({args.output.stat().st_size / 1e6:.1f} MB)")
     for name, difference in differences.items():
         print(f"{name:14}differs by {difference:.1e} of the largest logit")
     if args.dtype not in BOUNDS:
-        print(f"{args.dtype} has no limit: compare the classes on your own videos")
+        print(f"{args.dtype} has no limit: `etmamba eval --model {args.output}` tells its accuracy on your videos")
     return 0

@@ -1,6 +1,7 @@
 """The model class: ETMamba, VideoMamba and the ablation between them, chosen by `stem` and `block`."""
 
 import logging
+import warnings
 from collections.abc import Collection
 from typing import Any, SupportsIndex
 
@@ -15,6 +16,7 @@ from ..clip import Clip, Stride
 from ..layers import BLOCKS, STEMS, PatchEmbed, Recomputing, resample_spatial, resample_temporal, to_tokens
 
 _logger = logging.getLogger(__name__)
+_EXPORT = "use torch.export, or etmamba_timm.export for a file"
 
 POOLS = ("token", "avg", "")
 
@@ -356,6 +358,9 @@ class EtMamba(nn.Module):
                 if isinstance(module, Recomputing):
                     module.recomputes = not self._recomputes(i)
 
+    def __prepare_scriptable__(self) -> None:
+        raise RuntimeError(f"torch.jit.script can't compile this model; {_EXPORT}")
+
     def _recomputes(self, block: int) -> bool:
         return self.grad_checkpointing and block % self.checkpoint_every == 0
 
@@ -379,6 +384,9 @@ def as_clip(x: Tensor, in_chans: int, patch_size: int) -> Tensor:
         raise ValueError(f"clip {shape} is empty; it needs at least one sample, one frame and one patch")
     if height % patch_size or width % patch_size:
         raise ValueError(f"clip is {height}×{width}; height and width must be multiples of {patch_size}")
+    if torch.jit.is_tracing():
+        message = f"a model traced by torch.jit.trace is wrong for clips of another shape; {_EXPORT}"
+        warnings.warn(message, torch.jit.TracerWarning, stacklevel=2)
     return x.unsqueeze(2) if x.ndim == 4 else x
 
 

@@ -58,3 +58,11 @@ def test_recomputed_blocks_are_in_the_graph():
     grads = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
     torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-5)
     assert graphs() == 1
+
+
+def test_what_to_use_instead_of_torchscript():
+    model = small("videomamba_ti", depth=1).eval()
+    with pytest.warns(torch.jit.TracerWarning, match="wrong for clips of another shape; use torch.export"):
+        torch.jit.trace(model, torch.randn(1, 3, 2, 32, 32), check_trace=False)
+    with pytest.raises(RuntimeError, match="torch.jit.script can't compile this model; use torch.export"):
+        torch.jit.script(model)

@@ -100,10 +100,11 @@ def batch_size(args: argparse.Namespace, model: "EtMamba") -> int:
 
 def eval_clips(args: argparse.Namespace, model: "EtMamba") -> "EvalClips":
     """The dataset chosen by the arguments of `add_dataset` and --subset, in the model's clips and classes."""
-    from ..data import EvalClips, EvalTransform, find_layout, read_dataset, with_classes
+    from ..data import SOURCES, EvalClips, EvalTransform, find_layout, read_dataset, with_classes
 
     layout, split = args.dataset or find_layout(args.data, args.annotations), args.split or 1
-    annotations = read_dataset(layout, args.data, args.subset, split=split, annotations=args.annotations)
+    subset = args.subset or ("test" if layout in SOURCES else "val")
+    annotations = read_dataset(layout, args.data, subset, split=split, annotations=args.annotations)
     names = model.pretrained_cfg.get("label_names") or ()
     if names and len(names) == model.num_classes:
         annotations = with_classes(annotations, names)

@@ -37,7 +37,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     tsne = kinds.add_parser("tsne", help="features of videos, embedded in two dimensions")
     add_model(tsne)
     add_dataset(tsne)
-    tsne.add_argument("--subset", default="val", help="train, val or test (default val)")
+    tsne.add_argument("--subset", help="train, val or test (default val; test of hmdb51 and breakfast)")
     add_batches(tsne)
     tsne.add_argument("--classes", type=positive, default=10, metavar="N", help="plot at most N classes (default 10)")
     _add_output(tsne)

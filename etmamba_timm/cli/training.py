@@ -60,9 +60,9 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     add_model(evaluate)
     add_compile(evaluate)
     add_dataset(evaluate)
-    text = "train, val or test (default val); of a folder DATA/CLASS/*, all videos (for those that a run held out, add "
-    text += "--dataset list --annotations RUN/split)"
-    evaluate.add_argument("--subset", default="val", help=text)
+    text = "train, val or test (default val; test of hmdb51 and breakfast); of a folder DATA/CLASS/*, all videos (for "
+    text += "those that a run held out, add --dataset list --annotations RUN/split)"
+    evaluate.add_argument("--subset", help=text)
     add_batches(evaluate)
     evaluate.add_argument(
         "--scores", type=Path, metavar="FILE", help="write the scores of all videos to a safetensors file"
@@ -135,26 +135,27 @@ def _run(args: argparse.Namespace) -> dict[str, float]:
 
 
 def _datasets(args: argparse.Namespace, settings: dict) -> "tuple[Annotations, Annotations, Path | None]":
-    """The videos for training and for validation. One folder of classes is split, and the split stays the run's.
+    """The videos for training and for validation.
+
+    Where there are none for validation, `split_videos` takes some of those for training, and the split stays the run's.
 
     Returns: the videos, and the folder that a new split is to be written into.
     """
-    from ..data import is_one_folder, read_dataset, read_split, split_videos
+    from ..data import SOURCES, is_one_folder, read_dataset, read_split, split_videos
     from ..training.run_folder import RUN_FILE, SPLIT, RunFolder
 
     layout, run = settings["dataset"], RunFolder(args.output)
-    if layout != "folders" or not is_one_folder(args.data):
-        split = settings.get("split", 1)
-        train_set, val_set = (
-            read_dataset(layout, args.data, subset, split=split, annotations=args.annotations)
-            for subset in ("train", "val")
-        )
-        return train_set, val_set, None
+
+    def read(subset: str) -> "Annotations":
+        return read_dataset(layout, args.data, subset, split=settings.get("split", 1), annotations=args.annotations)
+
+    if layout not in SOURCES and not (layout == "folders" and is_one_folder(args.data)):
+        return read("train"), read("val"), None
     run.check()
-    videos = read_dataset(layout, args.data)
+    videos = read("train")
     if (run / RUN_FILE).exists() and (run / SPLIT).exists():
         return *read_split(run / SPLIT, args.data, videos.classes), None
-    return *split_videos(videos, settings.get("seed", 0)), run / SPLIT
+    return *split_videos(videos, settings.get("seed", 0), SOURCES.get(layout)), run / SPLIT
 
 
 @contextlib.contextmanager

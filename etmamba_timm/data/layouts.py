@@ -1,7 +1,7 @@
 """Reads a part of a dataset, given the name of its layout and its folder; finds the layout of a folder."""
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from .annotations import (
@@ -37,8 +37,8 @@ def read_dataset(
             'list': `<subset>.csv` or `.txt`, lines `video,label`; videos below `root`.
             'kinetics': `<subset>.csv` as published.
             'ssv2': labels.json, train.json, validation.json, with or without 'something-something-v2-' before.
-            'hmdb51': <class>_test_split<n>.txt; 'val' and 'test' are the same.
-            'breakfast': no annotation files; 'val' and 'test' are the same.
+            'hmdb51': <class>_test_split<n>.txt; there is no 'val' (see `SOURCES`).
+            'breakfast': no annotation files; there is no 'val' (see `SOURCES`).
             'huggingface': a dataset that `datasets` loads from the folder, with the columns video and label.
             'unlabelled': videos at any depth of `root/train`, without classes, for distillation; other subsets are
                 as in 'folders'.
@@ -54,6 +54,11 @@ def read_dataset(
         raise AnnotationError(f"no layout {layout!r}; there are {', '.join(LAYOUTS)}")
     if subset not in SUBSETS:
         raise AnnotationError(f"no subset {subset!r}; there are {', '.join(SUBSETS)}")
+    if subset == "val" and layout in SOURCES:
+        raise AnnotationError(
+            f"the layout {layout} has no videos for validation: `train` takes some of those for training, and writes "
+            "which into the run's folder split. Take the subset test"
+        )
     return LAYOUTS[layout](Path(root), Path(annotations or root), subset, split)
 
 
@@ -163,11 +168,11 @@ def _ssv2(root: Path, annotations: Path, subset: str, split: int) -> Annotations
 
 def _hmdb51(root: Path, annotations: Path, subset: str, split: int) -> Annotations:
     file = next(iter(sorted(annotations.rglob(f"*_test_split{split}.txt"))), annotations / "x")
-    return read_hmdb51(root, file.parent, split, "train" if subset == "train" else "test")
+    return read_hmdb51(root, file.parent, split, subset)
 
 
 def _breakfast(root: Path, annotations: Path, subset: str, split: int) -> Annotations:
-    return read_breakfast(root, split, "train" if subset == "train" else "test")
+    return read_breakfast(root, split, subset)
 
 
 def _huggingface(root: Path, annotations: Path, subset: str, split: int) -> Annotations:
@@ -190,6 +195,17 @@ def _unlabelled(root: Path, annotations: Path, subset: str, split: int) -> Annot
     return Annotations([(path, 0) for path in files], [], [])
 
 
+def _film(path: Path, label: str) -> str:
+    """Of a video of HMDB-51: `<source>_<class>_<body>_<camera>_<people>_<view>_<quality>_<number>`."""
+    return path.stem.rpartition(f"_{label}_")[0] or path.stem
+
+
+def _participant(path: Path, label: str) -> str:
+    return next(part for part in reversed(path.parts[:-1]) if part[:1] == "P" and part[1:].isdigit())
+
+
+# Layouts without videos for validation, and what tells the source of a video.
+SOURCES: dict[str, Callable[[Path, str], str]] = {"hmdb51": _film, "breakfast": _participant}
 LAYOUTS = {
     "folders": _folders,
     "list": _list,

@@ -1,8 +1,10 @@
-"""Splits one folder of classes into training and validation videos, and keeps the split as lists."""
+"""Splits videos into those for training and for validation, and keeps the split as lists."""
 
 import csv
 import math
 import random
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from ..files import whole_file
@@ -11,22 +13,39 @@ from .annotations import AnnotationError, Annotations, from_rows, read_text
 VAL_SHARE = 0.2
 
 
-def split_videos(annotations: Annotations, seed: int = 0) -> tuple[Annotations, Annotations]:
+def split_videos(
+    annotations: Annotations, seed: int = 0, source_of: Callable[[Path, str], str] | None = None
+) -> tuple[Annotations, Annotations]:
     """Videos for training and for validation, drawn by the seed.
 
     Of each class a fifth is for validation, rounded up; of a class with one video, none.
+
+    Args:
+        annotations: the videos.
+        seed: of the draw.
+        source_of: what a video (its path and the name of its class) was cut from, such as a film. Videos of one source,
+            of whatever class, stay together; then a class has fewer for validation where its sources are large.
     """
-    train: list[int] = []
-    val: list[int] = []
-    draw = random.Random(seed)
-    for label in range(len(annotations.classes)):
-        own = [i for i, (_, other) in enumerate(annotations.samples) if other == label]
-        count = min(math.ceil(VAL_SHARE * len(own)), max(len(own) - 1, 0))
-        chosen = set(draw.sample(own, count))
-        val += sorted(chosen)
-        train += [i for i in own if i not in chosen]
-    parts = ([annotations.samples[i] for i in indices] for indices in (train, val))
-    return tuple(Annotations(samples, annotations.classes, []) for samples in parts)  # type: ignore[return-value]
+    classes = annotations.classes
+    members: dict[object, list[int]] = {}
+    for i, (path, label) in enumerate(annotations.samples):
+        source = i if source_of is None else source_of(Path(str(path)), classes[label])
+        members.setdefault(source, []).append(i)
+    totals = Counter(label for _, label in annotations.samples)
+    left = {label: min(math.ceil(VAL_SHARE * count), count - 1) for label, count in totals.items()}
+    sources = list(members.values())
+    random.Random(seed).shuffle(sources)
+    val: set[int] = set()
+    for videos in sources:
+        wanted = Counter(annotations.samples[i][1] for i in videos)
+        if all(count <= left[label] for label, count in wanted.items()):
+            val.update(videos)
+            for label, count in wanted.items():
+                left[label] -= count
+    kept = [sample for i, sample in enumerate(annotations.samples) if i not in val]
+    return Annotations(kept, classes, annotations.missing), Annotations(
+        [annotations.samples[i] for i in sorted(val)], classes, []
+    )
 
 
 def write_split(folder: Path, root: Path, train: Annotations, val: Annotations) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from pathlib import Path
 
+from ..data import SOURCES
 from .recipe import Recipe
 
 
@@ -16,8 +17,9 @@ def run_card(recipe: Recipe, processes: int, best_epoch: int, videos: int, metri
         metrics: of these weights, with the recipe's views; see `Scores.metrics`.
     """
     names = (("top-1", "top1"), ("top-5", "top5"), ("mean class accuracy", "mean_class"))
+    cut = ", taken from the training part by source" if recipe.dataset in SOURCES else ""
     common = {
-        "dataset": f"{metrics['videos']} validation videos ({recipe.dataset})",
+        "dataset": f"{metrics['videos']} validation videos ({recipe.dataset}{cut})",
         "views": {"frames": recipe.num_frames, "crops": recipe.num_crops, "clips": recipe.num_clips},
         "whose": "measured here",
     }

@@ -11,7 +11,7 @@ from accelerate.utils import parse_flag_from_env
 
 from ..checkpoints import find_checkpoint
 from ..clip import DEFAULT_STRIDE
-from ..data import Annotations
+from ..data import SOURCES, Annotations
 from ..models import EtMamba, count_cost
 from .recipe import AUTO, EPOCH_UPDATES, Recipe, RecipeError
 
@@ -113,13 +113,13 @@ def make_plan(recipe: Recipe, train_set: Annotations, val_set: Annotations, proc
         scaled = f" ({recipe.lr:g} for 256 clips, scaled to {recipe.batch_size * processes})" if recipe.scale_lr else ""
         remedy = "lr, or set scale_lr=false" if recipe.scale_lr else "lr"
         warnings.append(f"the learning rate is {rate:.2g}{scaled}, at which little is learnt; raise {remedy}")
-    if updates - warmup < max(warmup, LEAST_UPDATES):
+    if updates < max(2 * warmup, LEAST_UPDATES):
         warnings.append(
             f"only {updates} updates, {warmup} of them warm-up: too few to learn much. Raise epochs or repeat"
             + (", or lower warmup_epochs" if warmup > updates / 2 else "")
         )
     facts = [
-        ("videos", _videos(train_set, val_set, warnings)),
+        ("videos", _videos(train_set, val_set, recipe.dataset in SOURCES, warnings)),
         ("model", f"{recipe.model}, {cost.params / 1e6:.2f} M parameters, weights: {weights}"),
         ("clip", f"{clip}: {cost.total_macs / 1e9:.3g} G multiply-adds"),
         (
@@ -133,7 +133,7 @@ def make_plan(recipe: Recipe, train_set: Annotations, val_set: Annotations, proc
     return Plan(facts, warnings, updates)
 
 
-def _videos(train_set: Annotations, val_set: Annotations, warnings: list[str]) -> str:
+def _videos(train_set: Annotations, val_set: Annotations, is_cut: bool, warnings: list[str]) -> str:
     """The videos and their classes in words; adds warnings."""
     classes = train_set.classes
     if not classes:
@@ -155,6 +155,8 @@ def _videos(train_set: Annotations, val_set: Annotations, warnings: list[str]) -
     most, fewest = classes[train.index(largest)], classes[train.index(smallest)]
     spread = f"{smallest} ({fewest}) to {largest} ({most})" if largest > smallest else str(largest)
     text = f"{sum(train)} for training, {spread} of each of {len(classes)} classes, and {sum(val)} for validation"
+    if is_cut:
+        text += ", taken from the training part by source"
     missing = len(train_set.missing) + len(val_set.missing)
     return text + (f"; {missing} missing" if missing else "")
 

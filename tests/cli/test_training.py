@@ -1,6 +1,7 @@
 """`etmamba train` on a folder of clips without any settings, and what it says before it starts."""
 
 import csv
+import json
 import os
 from pathlib import Path
 
@@ -64,6 +65,29 @@ def test_a_folder_is_split_and_the_split_stays(clips, tmp_path, capsys):
     assert ", 13 videos" in capsys.readouterr().out
     assert main(["eval", *model, "--dataset", "list", "--annotations", str(run / "split")]) == 0
     assert ", 4 videos" in capsys.readouterr().out
+
+
+def test_validation_is_taken_from_the_training_part_by_source(clips, tmp_path, capsys):
+    """HMDB-51 has videos for training and for testing alone: no epoch is chosen on those for testing."""
+    data, run = tmp_path / "hmdb51", tmp_path / "run"
+    ending = "f_cm_np1_le_med"
+    for label in ("up", "down"):
+        names = [f"film{i // 2}_{label}_{ending}_{i}" for i in range(10)] + [f"other_{label}_{ending}_0"]
+        (data / label).mkdir(parents=True)
+        for name in names:
+            os.link(clips / label / "0.mp4", data / label / f"{name}.avi")
+        lines = [f"{name}.avi {2 if name.startswith('other') else 1}\n" for name in names]
+        (data / f"{label}_test_split1.txt").write_text("".join(lines))
+    assert train(data, run, "--set", *SMALL) == 0
+    assert "and 4 for validation, taken from the training part by source" in capsys.readouterr().out
+    with (run / "split" / "val.csv").open() as file:
+        held_out = [Path(row["video"]).name.partition("_")[0] for row in csv.DictReader(file)]
+    assert len(held_out) == 4
+    assert len(set(held_out)) == 1  # the same film of either class
+    card = json.loads((run / "model" / "config.json").read_text())["card"]
+    assert card["figures"][0]["dataset"] == "4 validation videos (hmdb51, taken from the training part by source)"
+    assert main(["eval", "--model", f"local-dir:{run / 'model'}", "--data", str(data)]) == 0
+    assert ", 2 videos" in capsys.readouterr().out
 
 
 def test_a_run_that_could_not_start_does_not_keep_its_split(clips, tmp_path, capsys):

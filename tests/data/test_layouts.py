@@ -7,6 +7,7 @@ import pytest
 from videos import write_frames, write_video
 
 from etmamba_timm.data import (
+    SOURCES,
     AnnotationError,
     Clip,
     EvalClips,
@@ -91,7 +92,7 @@ def test_official_trees(layout, frames, tmp_path, caplog):
     for path in [path for path in tmp_path.rglob("*") if frames and path.suffix in (".mp4", ".webm", ".avi")]:
         path.unlink()
         write_frames(path if layout == "list" else path.with_suffix(""), 9)
-    train, val = (read_dataset(layout, tmp_path, part) for part in ("train", "val"))
+    train, val = (read_dataset(layout, tmp_path, part) for part in ("train", "test" if layout in SOURCES else "val"))
     assert (len(train.samples), len(val.samples)) == (num_train, num_val)
     assert train.classes == val.classes
     assert classes is None or train.classes == classes
@@ -163,8 +164,15 @@ def test_lists_may_lie_elsewhere(tmp_path):
 
 def test_splits(tmp_path):
     breakfast(tmp_path)
-    assert read_dataset("breakfast", tmp_path, "val", split=1).samples[0][0].name == "P03_tea.avi"
-    assert read_dataset("breakfast", tmp_path, "val", split=2).samples[0][0].name == "P20_tea.avi"
+    assert read_dataset("breakfast", tmp_path, "test", split=1).samples[0][0].name == "P03_tea.avi"
+    assert read_dataset("breakfast", tmp_path, "test", split=2).samples[0][0].name == "P20_tea.avi"
+
+
+def test_sources():
+    hmdb51, breakfast = SOURCES["hmdb51"], SOURCES["breakfast"]
+    assert hmdb51(Path("x/walk/A_walk_in_walk_f_cm_np1_le_med_33.avi"), "walk") == "A_walk_in"
+    assert hmdb51(Path("x/brush_hair/April_09_brush_hair_u_nm_np1_ba_goo_0.avi"), "brush_hair") == "April_09"
+    assert breakfast(Path("P99/Breakfast/P03/cam01/P03_cereals.avi"), "cereals") == "P03"
 
 
 def test_what_cannot_be(tmp_path):
@@ -175,7 +183,8 @@ def test_what_cannot_be(tmp_path):
         ("folders", "test", f"wanted {tmp_path}/test/<class>/<video>.mp4"),
         ("ssv2", "test", "labels aren't public"),
         ("ssv2", "val", "holds no validation.json"),
-        ("hmdb51", "val", "holds no <class>_test_split1.txt"),
+        ("hmdb51", "test", "holds no <class>_test_split1.txt"),
+        ("hmdb51", "val", "the layout hmdb51 has no videos for validation: .* Take the subset test"),
     ):
         with pytest.raises(AnnotationError, match=said):
             read_dataset(layout, tmp_path, subset)

@@ -34,6 +34,25 @@ def test_each_class_is_split(root):
     assert split_videos(videos, seed=1) != (train, val)
 
 
+def test_videos_of_one_source_stay_together():
+    """Films of one to nine clips, some with both classes: the first 4 of 20 clips' worth of films that fits."""
+    clips = [(Path(f"{film}_run_{i}.mp4"), 0) for film in range(8) for i in range(film + 1)]
+    clips += [(Path(f"{film}_walk_{i}.mp4"), 1) for film in range(4, 12) for i in range(3)]
+    videos = Annotations(clips, ["run", "walk"], ["gone.mp4"])
+
+    def films(part: Annotations) -> set[str]:
+        return {path.name.partition("_")[0] for path, _ in part.samples}
+
+    for seed in range(10):
+        train, val = split_videos(videos, seed, lambda path, label: path.stem.partition(f"_{label}_")[0])
+        assert not films(train) & films(val)
+        assert sorted(train.samples + val.samples) == sorted(clips)
+        of_run, of_walk = counts(val)
+        assert 1 <= of_run <= 8  # a fifth of 36, rounded up
+        assert of_walk in (0, 3)  # a fifth of 24 is 5: one film
+        assert train.missing == ["gone.mp4"]
+
+
 def test_the_split_is_read_back(root, tmp_path):
     videos = read_folders(root)
     parts = split_videos(videos)

@@ -10,9 +10,10 @@ from etmamba_timm.data import Annotations
 from etmamba_timm.training.plan import make_plan, settle
 from etmamba_timm.training.recipe import Recipe, RecipeError, load_recipe, read_settings
 
-# Published sizes: videos for training, for validation, and classes. HMDB-51's and Breakfast's are their first split's.
-SIZES = {"k400": (240_436, 19_796, 400), "ssv2": (168_913, 24_777, 174), "hmdb51": (3570, 1530, 51)}
-SIZES["breakfast"] = (1577, 411, 10)
+# Published sizes: videos for training, for validation, and classes. HMDB-51's and Breakfast's are their first split's
+# videos for training, of which a fifth is for validation.
+SIZES = {"k400": (240_436, 19_796, 400), "ssv2": (168_913, 24_777, 174), "hmdb51": (2856, 714, 51)}
+SIZES["breakfast"] = (1262, 315, 10)
 
 
 def videos(*counts: int) -> Annotations:

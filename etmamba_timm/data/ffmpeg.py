@@ -13,12 +13,17 @@ import av
 import numpy as np
 import torch
 from av.container import InputContainer
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from .embedded import VideoFile
 
 _logger = logging.getLogger(__name__)
 
+_PYAV = int(av.__version__.split(".")[0])
+# Titles in other encodings; PyAV 19 and newer have no such argument, and take them.
+_LENIENT: dict[str, Any] = {"metadata_errors": "replace"} if _PYAV < 19 else {}
+_ONE_THREAD: dict[str, Any] = {"threads": 1} if _PYAV >= 17 else {}  # older ones take no more
 _ATTACHED_PICTURE = 0x400  # FFmpeg's mark of a cover, as music files have one
 # Demuxers that draw bytes as pictures, or open the files that a list names.
 _NO_VIDEO = {"tty", "cdg", "bin", "concat", "hls", "dash", "sdp", "rtsp"}
@@ -60,7 +65,7 @@ def opened(path: VideoFile) -> Iterator[tuple[InputContainer, VideoStream]]:
     try:
         # The absolute path, so that `a:b.mp4` is not taken for an address.
         source = str(path.absolute()) if isinstance(path, Path) else path.open()
-        container = av.open(source, mode="r", metadata_errors="replace")
+        container = av.open(source, mode="r", **_LENIENT)
     except av.FFmpegError as error:
         raise VideoError(
             f"{path}: cannot be read as a video ({error.strerror}); it looks truncated or damaged, or its format is "
@@ -163,6 +168,12 @@ def timed(packets: Iterable[av.Packet], times: dict[int, int]) -> Iterator[av.Pa
     for packet in packets:
         packet.pts, packet.dts = None if packet.pos is None else times.get(packet.pos), None
         yield packet
+
+
+def to_rgb(frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
+    """A frame as uint8 [height, width, 3]."""
+    # Not the frame's own method: its scaler is shared, and in a forked process waits for threads that aren't there.
+    return VideoReformatter().reformat(frame, width, height, "rgb24", **_ONE_THREAD).to_ndarray()
 
 
 def rotation_of(frame: av.VideoFrame) -> int:

@@ -248,7 +248,7 @@ class VideoReader:
         if turn % 180:
             height, width = width, height
         try:
-            picture = frame.to_ndarray(format="rgb24", height=height, width=width)
+            picture = ffmpeg.to_rgb(frame, height, width)
         except (av.FFmpegError, ValueError, MemoryError) as error:
             raise VideoError(f"{self.path}: a frame has no RGB form ({error}); convert it with ffmpeg") from error
         return np.rot90(picture, -turn // 90)

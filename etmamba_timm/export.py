@@ -27,6 +27,7 @@ from .checkpoints.manifest import sample_video
 from .data import EvalTransform, Views
 from .models import EtMamba
 from .ops import plain_operators
+from .predict import check_model
 from .runtime import RUNTIMES, describe
 
 if TYPE_CHECKING:
@@ -78,8 +79,7 @@ def export_model(
     check_target(file, dtype)
     if calibration and dtype != "int8":
         raise ValueError(f"calibration is for int8, and dtype is {dtype}")
-    if model.training or not model.global_pool or model.num_classes < 1:
-        raise ValueError("the model must be in evaluation mode and have a classifier: model.eval()")
+    check_model(model, need_classes=True)
     deployed = Deployed(model, torch.float16 if dtype == "float16" else torch.float32, from_frames)
     about = describe(model, dtype, from_frames)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}-") as folder:

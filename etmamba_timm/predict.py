@@ -8,12 +8,12 @@ print(top_classes(model, scores))
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
 from timm.models import is_model_pretrained
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checkpoints import find_checkpoint, read_checkpoint
 from .checkpoints.config import CONFIG_FILE, read_config
@@ -77,7 +77,7 @@ def load_model(
         if not trained and not starts and not allow_untrained:
             raise UntrainedError(
                 f"{name!r} has no trained weights, so its results would be random. Give a checkpoint or a model "
-                "with weights (hf-hub:ORG/NAME, local-dir:FOLDER), or allow an untrained model"
+                "with weights (hf-hub:ORG/NAME, local-dir:FOLDER), or set allow_untrained"
             )
         if starts and not allow_untrained:  # before a download
             raise _starting_point(name)
@@ -153,8 +153,7 @@ def predict_files(
     Raises:
         ValueError: as `predict` for the model or the arguments.
     """
-    if model.num_classes < 1:
-        raise ValueError("the model has no classes to predict; use extract_features, or a checkpoint with a classifier")
+    check_model(model, need_classes=True)
     views = _views(model, paths, num_clips, num_crops)
     results = mean_over_views(model, model, views, softmax=True, batch_size=batch_size, workers=workers, dtype=dtype)
     return finite(results, paths)
@@ -198,9 +197,18 @@ def class_names(model: EtMamba, num_classes: int) -> list[str]:
     return list(names) if len(names) == num_classes else [f"class {i}" for i in range(num_classes)]
 
 
+def check_model(model: nn.Module, need_classes: bool) -> None:
+    """Raises ValueError if a model of this package is in training mode, doesn't pool its tokens, or has no classes."""
+    if model.training:
+        raise ValueError("the model is in training mode; call model.eval()")
+    if not model.global_pool:
+        raise ValueError("the model returns all tokens (global_pool=''); create it with global_pool='token' or 'avg'")
+    if need_classes and cast(int, model.num_classes) < 1:
+        raise ValueError("the model has no classes to predict; use extract_features, or a checkpoint with a classifier")
+
+
 def _views(model: EtMamba, paths: Sequence[str | Path], num_clips: int, num_crops: int) -> Views:
-    if model.training or not model.global_pool:
-        raise ValueError("the model must be in evaluation mode and pool its tokens: model.eval(), global_pool='token'")
+    check_model(model, need_classes=False)
     transform = EvalTransform.from_model(model, size=model.img_size)
     return Views([Path(path) for path in paths], transform, model.clip, num_clips, num_crops)
 

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "views": {"data"},
     "predict": {"checkpoints", "data", "models", "views", "zoo"},
     "runtime": {"checkpoints", "clip", "data", "models", "predict"},
-    "export": {"checkpoints", "data", "models", "ops", "runtime"},
+    "export": {"checkpoints", "data", "models", "ops", "predict", "runtime"},
     "training": {"clip", "checkpoints", "data", "features", "files", "models", "predict", "views", "zoo"},
     "seeing": {"clip", "checkpoints", "data", "files", "models", "predict", "training"},
     "cli": {

@@ -73,10 +73,10 @@ def test_model_without_classes(model, video):
 
 
 def test_training_mode_or_no_pooling_is_refused(model, video):
-    with pytest.raises(ValueError, match="must be in evaluation mode and pool its tokens"):
+    with pytest.raises(ValueError, match=r"^the model is in training mode; call model.eval\(\)$"):
         predict(model.train(), video)
     model.reset_classifier(6, "")
-    with pytest.raises(ValueError, match="must be in evaluation mode and pool its tokens"):
+    with pytest.raises(ValueError, match=r"^the model returns all tokens .*; create it with global_pool='token'"):
         predict(model.eval(), video)
 
 

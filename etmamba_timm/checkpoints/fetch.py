@@ -163,8 +163,8 @@ def fetch(repo: str, filename: str, cache_dir: str | Path | None = None) -> Path
         raise (_NotThereError if absent else DownloadError)(
             f"{repo}/{filename} can't be fetched from {constants.ENDPOINT}, and isn't in the cache "
             f"{cache_dir or constants.HF_HUB_CACHE} ({first_line(error)}). Try again with a network; or give the file, "
-            "if you have it, by pretrained_cfg_overlay=dict(file=...) or --checkpoint. HF_HOME or cache_dir= names "
-            f"another cache, HF_HUB_OFFLINE=1 (now {'on' if constants.HF_HUB_OFFLINE else 'off'}) uses nothing but it"
+            "if you have it: pretrained_cfg_overlay=dict(file=...). HF_HOME names another cache, "
+            f"HF_HUB_OFFLINE=1 (now {'on' if constants.HF_HUB_OFFLINE else 'off'}) uses nothing but it"
         ) from error
 
 

@@ -8,6 +8,7 @@ import os
 import sys
 
 from . import models, seeing, training, videos
+from .options import in_options
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         _drop_stdout()
         return 0
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"etmamba: {error}", file=sys.stderr)
+        print(f"etmamba: {in_options(str(error), args)}", file=sys.stderr)
         if isinstance(error, OSError):
             _drop_stdout()
         return 2

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -98,15 +99,20 @@ def batch_size(args: argparse.Namespace, model: "EtMamba") -> int:
     return args.batch_size or (1 if model.cls_token.device.type == "cpu" else 8)
 
 
-def eval_clips(args: argparse.Namespace, model: "EtMamba") -> "EvalClips":
-    """The dataset chosen by the arguments of `add_dataset` and --subset, in the model's clips and classes."""
+def eval_clips(args: argparse.Namespace, model: "EtMamba", of_model: bool = True) -> "EvalClips":
+    """The dataset chosen by the arguments of `add_dataset` and --subset, in the model's clips.
+
+    The classes are the model's, or, for `of_model=False`, the dataset's own.
+    """
     from ..data import SOURCES, EvalClips, EvalTransform, find_layout, read_dataset, with_classes
 
     layout, split = args.dataset or find_layout(args.data, args.annotations), args.split or 1
     subset = args.subset or ("test" if layout in SOURCES else "val")
     annotations = read_dataset(layout, args.data, subset, split=split, annotations=args.annotations)
     names = model.pretrained_cfg.get("label_names") or ()
-    if names and len(names) == model.num_classes:
+    if not of_model:
+        pass
+    elif names and len(names) == model.num_classes:
         annotations = with_classes(annotations, names)
     elif model.num_classes not in (0, len(annotations.classes)):
         raise ValueError(
@@ -248,7 +254,8 @@ def each(args: argparse.Namespace, files: list[str], results: Callable[[list[str
                     take(file, result)
             elif isinstance(result, (ValueError, OSError, RuntimeError, MemoryError)):
                 failed += 1
-                message = str(result) if str(result).startswith(file) else f"{file}: {result}"
+                message = in_options(str(result), args)
+                message = message if message.startswith(file) else f"{file}: {message}"
                 with bar.external_write_mode(file=sys.stderr):
                     print(f"etmamba: {message}", file=sys.stderr)
                 if getattr(args, "json", False):
@@ -294,6 +301,18 @@ def extra(name: str) -> Iterator[None]:
 def is_first_process() -> bool:
     """Whether this is the process that prints, among the processes of a launcher."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def in_options(message: str, args: argparse.Namespace) -> str:
+    """An error's message in the words of the command line: `clip_seconds` becomes `--clip-seconds`.
+
+    Names of one word stay: they may be ordinary words. So do names in quotes, paths and attributes.
+    """
+    if hasattr(args, "checkpoint"):
+        message = message.replace("pretrained_cfg_overlay=dict(file=...)", "--checkpoint FILE")
+    names = "|".join(name for name in vars(args) if "_" in name)
+    name = re.compile(rf"(?<![\w./'\"-])({names})(?![\w/'\"]|\.\w)")
+    return name.sub(lambda found: f"--{found[1].replace('_', '-')}", message) if names else message
 
 
 def count(text: str) -> int:

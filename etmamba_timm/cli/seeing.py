@@ -116,7 +116,7 @@ def _tsne(args: argparse.Namespace) -> int:
 
     _check(args.output)
     model, options = set_up(args, need_classifier=False)
-    clips = eval_clips(args, model)
+    clips = eval_clips(args, model, of_model=False)
     features, labels, _ = collect_features(
         model,
         clips,

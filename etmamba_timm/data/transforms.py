@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_model_data_config
 from torch import Tensor, nn
@@ -73,11 +74,11 @@ class EvalTransform:
         fields |= {name: cfg[name] for name in ("interpolation", "crop_pct")}
         return cls(**fields | overrides)
 
-    def __call__(self, frames: Tensor, num_crops: int = 1) -> Tensor:
+    def __call__(self, frames: Tensor | np.ndarray, num_crops: int = 1) -> Tensor:
         """Returns views of a clip: `crop`, then `normalize`.
 
         Args:
-            frames: uint8 [T, H, W, 3] RGB.
+            frames: uint8 [T, H, W, 3] RGB, a tensor or a NumPy array.
             num_crops: 1 for the centre; 3 for start, centre and end along the side with more to crop.
 
         Returns:
@@ -89,11 +90,20 @@ class EvalTransform:
         """
         return self.normalize(self.crop(frames, num_crops))
 
-    def crop(self, frames: Tensor, num_crops: int = 1) -> Tensor:
+    def crop(self, frames: Tensor | np.ndarray, num_crops: int = 1) -> Tensor:
         """Resizes and crops: uint8 [num_crops, T, h, w, C]. Arguments and errors are as in `__call__`."""
-        if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.numel():
+        given = f"{frames.dtype} {list(frames.shape)}" if hasattr(frames, "dtype") else f"a {type(frames).__name__}"
+        if isinstance(frames, np.ndarray) and frames.dtype == np.uint8:
+            frames = torch.from_numpy(frames.copy())  # which refuses negative strides (BGR to RGB) and read-only arrays
+        if (
+            not isinstance(frames, Tensor)
+            or frames.dtype != torch.uint8
+            or frames.ndim != 4
+            or frames.shape[-1] != 3
+            or not frames.numel()
+        ):
             raise ValueError(
-                f"frames are {frames.dtype} {list(frames.shape)}; give uint8 [T, H, W, 3] RGB, as VideoReader reads"
+                f"frames are {given}; give uint8 [T, H, W, 3] RGB, a tensor or a NumPy array, as VideoReader reads"
             )
         if num_crops not in (1, 3):
             raise ValueError(f"num_crops is {num_crops}; use 1 (centre) or 3 (start, centre, end)")

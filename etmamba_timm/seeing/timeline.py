@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..data import EvalTransform, FrameFolder, VideoReader, open_video
 from ..files import check_file, whole_file
 from ..models import EtMamba
-from ..predict import class_names
+from ..predict import check_model, class_names
 from .plots import check_plot_file, new_figure, save_figure, short
 
 MOST_ROWS = 12  # classes in a plot
@@ -114,11 +114,7 @@ def timeline(
         ValueError: a hop longer than a clip; no `clip_seconds` for a model whose clips are spread over whole videos;
             a model in training mode or without classes; scores that aren't finite.
     """
-    if model.training or not model.global_pool or model.num_classes < 1:
-        raise ValueError(
-            "the model must be in evaluation mode, pool its tokens and have classes: model.eval(), "
-            "global_pool='token', a checkpoint with a classifier"
-        )
+    check_model(model, need_classes=True)
     clip = model.clip.known()
     if clip_seconds is None and clip.is_spread:
         raise ValueError(

@@ -1,5 +1,6 @@
 """The `etmamba` command on real files: output, exit status, and bad files among good ones."""
 
+import argparse
 import json
 import os
 import platform
@@ -18,7 +19,8 @@ from torch._dynamo.testing import CompileCounter
 from videos import write_video
 
 from etmamba_timm.checkpoints import save_checkpoint
-from etmamba_timm.cli import main
+from etmamba_timm.cli import main, parser
+from etmamba_timm.cli.options import in_options
 from etmamba_timm.models import VARIANTS
 from etmamba_timm.predict import extract_features, load_model, predict
 
@@ -33,6 +35,7 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     model = timm.create_model("videomamba_ti", num_classes=6, num_frames=4, img_size=32)
     save_file(model.state_dict(), folder / "weights.safetensors")
+    save_checkpoint(model, folder / "spread", stride="spread")
     return folder
 
 
@@ -194,6 +197,11 @@ def test_features_of_nothing_write_nothing(trained, folder):
     [
         (["predict", "good.mp4", "--model", "etmamba_ti_ebs"], "has no trained weights"),
         (["predict", "good.mp4", "--model", "etmamba_ti"], "is a starting point for training"),
+        (["predict", "good.mp4", "--model", "videomamba_ti_stfp"], "or set --allow-untrained"),
+        (
+            ["timeline", "good.mp4", "--model", "videomamba_ti", "--checkpoint", "spread"],
+            "set --clip-seconds to the length of the videos",
+        ),
         (["features", "good.mp4", "--model", "etmamba_ti_ebs", "-o", "f.safetensors"], "has no trained weights"),
         (["predict", "good.mp4", "--model", "resnet999"], "unknown model 'resnet999'"),
         (["predict", "good.mp4", "--model", "videomamba_m.k400_f9"], "unknown tag; `etmamba info videomamba_m` lists"),
@@ -304,3 +312,19 @@ print(sorted(b - a for a, b in zip(counts, counts[1:])))
     faults = json.loads(done.stdout.splitlines()[-1])
     pages = 64 * 2**20 // resource.getpagesize()  # of one tensor
     assert faults[4] < pages / 10, faults  # a small tensor may take a part of the memory, and then one more is new
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("set clip_seconds to 10", "set --clip-seconds to 10"),
+        ("give clip_seconds=10.", "give --clip-seconds=10."),
+        ("set batch_size, or a file: pretrained_cfg_overlay=dict(file=...)", None),
+        ("clip_seconds/x.mp4, a.clip_seconds, clip_seconds.mp4 and 'clip_seconds'", None),
+    ],
+)
+def test_messages_name_this_commands_options(message, shown):
+    args = parser().parse_args(["timeline", "x.mp4", "--model", "m"])
+    del args.batch_size, args.checkpoint  # as of a command without them
+    assert in_options(message, args) == (shown or message)
+    assert in_options(message, argparse.Namespace(file="x")) == message

@@ -1,5 +1,8 @@
 """The evaluation transform: which part of the picture it keeps, and in what scale."""
 
+import warnings
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -184,8 +187,24 @@ def test_bad_num_crops(num_crops):
         torch.zeros(10, 10, 3, dtype=torch.uint8),
         torch.zeros(2, 3, 10, 10, dtype=torch.uint8),
         torch.zeros(0, 10, 10, 3, dtype=torch.uint8),
+        np.zeros((2, 10, 10, 3)),
+        np.zeros((2, 10, 10, 3), np.uint16),
+        np.zeros((10, 10, 3), np.uint8),
+        [[[[0, 0, 0]]]],
     ],
 )
 def test_bad_frames(frames):
     with pytest.raises(ValueError, match=r"give uint8 \[T, H, W, 3\] RGB"):
         EvalTransform((8, 8))(frames)
+
+
+def test_numpy_arrays_are_taken():
+    """Also those that PyTorch refuses or warns of: read-only ones, and colours in reverse (from OpenCV's BGR)."""
+    frames = gradient(10, 12)
+    bgr = frames.flip(-1).numpy()
+    bgr.flags.writeable = False
+    transform = EvalTransform((8, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(transform(bgr[..., ::-1], 3), transform(frames, 3), rtol=0, atol=0)
+        torch.testing.assert_close(transform(bgr), transform(frames.flip(-1)), rtol=0, atol=0)

@@ -189,6 +189,7 @@ def test_long_names_lose_their_middle():
 
 def test_the_commands(model, data, tmp_path, capsys):
     save_checkpoint(model, tmp_path / "m", label_names=["down", "left", "right", "up"], stride=1)
+    save_checkpoint(model, tmp_path / "other", label_names=list("abcd"))  # features don't need the dataset's classes
     source = ["--model", f"local-dir:{tmp_path / 'm'}"]
     dataset = ["--data", str(data), "--workers", "0"]
     assert main(["eval", *source, *dataset, "--scores", str(tmp_path / "s.safetensors")]) == 0
@@ -196,7 +197,7 @@ def test_the_commands(model, data, tmp_path, capsys):
     files = [str(path) for path in sorted((data / "val" / "up").iterdir())]
     for name, arguments in {
         "confusion": [str(tmp_path / "s.safetensors")],
-        "tsne": [*source, *dataset],
+        "tsne": ["--model", f"local-dir:{tmp_path / 'other'}", *dataset],
         "erf": [*files, *source],
         "cost": [],
     }.items():

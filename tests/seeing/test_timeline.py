@@ -146,7 +146,7 @@ def test_clips_that_span_whole_videos_need_a_length(video):
 def test_what_cannot_be(video, tmp_path):
     with pytest.raises(ValueError, match="the hop no longer than a clip"):
         timeline(ByColour(), video, clip_seconds=1, hop=2)
-    with pytest.raises(ValueError, match="must be in evaluation mode"):
+    with pytest.raises(ValueError, match="the model is in training mode"):
         timeline(ByColour().train(), video)
     with pytest.raises(VideoError, match="nowhere"):
         timeline(ByColour(), tmp_path / "nowhere.mp4")

@@ -218,7 +218,7 @@ def clone(models, tmp_path_factory) -> Path:
     repo, clone = Path(__file__).parents[2], tmp_path_factory.mktemp("clone")
     for name in ("etmamba_timm", "weights"):
         shutil.copytree(repo / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("hubconf.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("hubconf.py", "setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(repo / name, clone)
     shutil.copytree(models["repos"] / "me/tiny/main", clone / "weights" / "etmamba_ti.tiny")
     (clone / "weights/etmamba_ti.tiny/README.md").write_text("# tiny\n")

@@ -8,15 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from etmamba_timm.cli import parser
+from etmamba_timm.training.recipe import describe_settings
 
 PAGE = Path(__file__).parent / "reference" / "commands.md"
 HEAD = """# Commands
+
+`etmamba --version` shows the versions of this package and of PyTorch, `etmamba COMMAND --help` what is on this page.
 
 The exit status is 0, or 1 if some videos failed, 2 if the command failed, 130 if it was interrupted. MODEL is a
 model's name (`etmamba_ti`), a name with a tag (`videomamba_m.k400_f8`), `hf-hub:ORG/NAME` or `local-dir:FOLDER`.
 
 <!-- Written by docs/commands.py. -->
 """
+SETTINGS = "Settings for `--set`, as in the recipe `finetune`; `auto`: the model or the data decide.\n"
 
 
 def commands(found: argparse.ArgumentParser, about: str = "") -> Iterator[tuple[argparse.ArgumentParser, str]]:
@@ -49,6 +53,9 @@ def page() -> str:
         rows = [f"| {argument(action)} | {expand(action).replace('|', chr(92) + '|')} |" for action in actions]
         text = about[:1].upper() + about[1:].rstrip(".") + "."
         parts.append("\n".join([f"\n## {command.prog}\n", f"{text}\n", "| argument | |", "|---|---|", *rows, ""]))
+        if command.prog.endswith("train"):
+            rows = [f"| `{names}` | {text} |" for names, text in describe_settings()]
+            parts.append("\n".join(["", SETTINGS, "| setting | |", "|---|---|", *rows, ""]))
     return "".join(parts)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .checkpoints import find_checkpoint, read_checkpoint
 from .checkpoints.config import CONFIG_FILE, read_config
 from .checkpoints.fetch import fetch
+from .checkpoints.manifest import unknown_tag
 from .checkpoints.read import architecture_of
 from .data import EvalTransform, Views
 from .models import VARIANTS, EtMamba
@@ -52,13 +53,10 @@ def load_model(
         FileNotFoundError: no such checkpoint.
         DownloadError: the weights can't be downloaded.
     """
-    is_source = ":" in name  # hf-hub:, local-dir:
-    variant, dot, _ = name.partition(".")
+    _check_name(name)
+    is_source = ":" in name
+    _, dot, _ = name.partition(".")
     entry = None if is_source else find_checkpoint(name)
-    if not is_source and variant not in VARIANTS:
-        raise ValueError(f"unknown model {name!r}; `etmamba info` lists all models")
-    if not is_source and dot and entry is None:
-        raise ValueError(f"{name!r} has an unknown tag; `etmamba info {variant}` lists all tags")
     if checkpoint is not None:
         loaded = read_checkpoint(checkpoint)
         model = _create(name, pretrained=True, pretrained_cfg_overlay={"state_dict": loaded})
@@ -90,6 +88,18 @@ def load_model(
     if need_classifier and not has_classifier and not allow_untrained:
         raise UntrainedError(f"{checkpoint or name}: no trained classifier, so classes would be random; use features")
     return model.eval()
+
+
+def model_without_weights(name: str, checkpoint: str | Path | None = None) -> EtMamba:
+    """The model that `load_model` would load, on the device 'meta'; nothing is downloaded but a config.json.
+
+    Arguments and errors are as in `load_model`, but the model needs no trained weights.
+    """
+    _check_name(name)
+    if checkpoint is None:
+        return _create(name, device="meta")
+    overlay = {"state_dict": read_checkpoint(checkpoint)}
+    return _create(name, pretrained=True, pretrained_cfg_overlay=overlay, device="meta")
 
 
 def predict(
@@ -227,6 +237,19 @@ def _only(results: Iterator[Tensor | Exception]) -> Tensor:
     if isinstance(result, Exception):
         raise result
     return result
+
+
+def _check_name(name: str) -> None:
+    """Raises ValueError for a name of no model, and for an unknown tag; those of hf-hub: and local-dir: come later."""
+    variant, dot, tag = name.partition(".")
+    if ":" in name:
+        return
+    if variant not in VARIANTS:
+        raise ValueError(
+            f"unknown model {name!r}; choose one of {', '.join(VARIANTS)}, hf-hub:ORG/NAME, local-dir:FOLDER"
+        )
+    if dot and find_checkpoint(name) is None:
+        raise ValueError(unknown_tag(variant, tag))
 
 
 def _create(name: str, **kwargs: Any) -> EtMamba:

@@ -42,12 +42,14 @@ MAY_IMPORT = {
         "runtime",
         "seeing",
         "training",
+        "version",
         "zoo",
     },
     "__main__": {"cli"},
     "on_import": set(),
+    "version": set(),
     "hf": {"checkpoints", "clip", "data", "models", "zoo"},
-    "__init__": {"on_import", "zoo"},
+    "__init__": {"on_import", "version", "zoo"},
 }
 
 
@@ -67,7 +69,12 @@ print(*heavy & (set(sys.modules) - before), end='')
 
 @pytest.mark.parametrize(
     ("arguments", "modules"),
-    [(["--help"], {"torch", "numpy"}), (["train", "--help"], {"torch", "numpy"}), (["info", "--backends"], {"timm"})],
+    [
+        (["--help"], {"torch", "numpy"}),
+        (["--version"], {"torch", "numpy"}),
+        (["train", "--help"], {"torch", "numpy"}),
+        (["info", "--backends"], {"timm"}),
+    ],
 )
 def test_what_a_command_does_without(tmp_path, arguments, modules):
     code = f"""
@@ -82,6 +89,7 @@ print(status, *{modules} & set(sys.modules), file=sys.stderr, end='')
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stderr == "0"
     assert done.stdout
+    assert ("label_smoothing=0.1" in done.stdout) == (arguments[0] == "train")
 
 
 def test_the_command_knows_the_models(tmp_path):

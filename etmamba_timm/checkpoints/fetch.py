@@ -18,7 +18,7 @@ from ..models import VARIANTS, EtMamba
 from .config import CONFIG_FILE, WEIGHTS_FILE, HubConfig, read_config
 from .errors import CheckpointError, DownloadError, first_line
 from .fit import arguments_for, fit
-from .manifest import Checkpoint, find_checkpoint, manifest
+from .manifest import Checkpoint, find_checkpoint, manifest, unknown_tag
 from .read import BINARY_FILE, LoadedCheckpoint, read_checkpoint
 from .warm_start import size_for, warm_start
 
@@ -96,7 +96,7 @@ def find_pretrained(
     if isinstance(cfg, str) and cfg:
         entry = find_checkpoint(f"{variant}.{cfg}")
         if entry is None:
-            raise RuntimeError(f"{variant} has no tag {cfg!r}; `etmamba info {variant}` lists its tags")
+            raise RuntimeError(unknown_tag(variant, cfg))
     elif not cfg and pretrained and not has_own_source:
         entry = find_checkpoint(variant)
     elif not cfg:

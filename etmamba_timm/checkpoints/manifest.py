@@ -130,6 +130,12 @@ def find_checkpoint(name: str) -> Checkpoint | None:
     return next((entry for entry in manifest().values() if entry.architecture == name), None)
 
 
+def unknown_tag(variant: str, tag: str) -> str:
+    """What to say of a tag that the manifest doesn't have."""
+    tags = [name.partition(".")[2] for name, entry in manifest().items() if entry.architecture == variant]
+    return f"{variant} has no tag {tag!r}; " + (f"choose one of {', '.join(tags)}" if tags else "it has none: omit it")
+
+
 def label_names(labels: str | None) -> tuple[str, ...] | None:
     """The class names of a dataset in `LABELS`, which torchvision carries; None for None."""
     return None if labels is None else tuple(LABELS[labels]())

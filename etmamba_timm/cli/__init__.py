@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 
+from ..version import __version__
 from . import models, seeing, training, videos
 from .options import in_options
 
@@ -15,7 +16,12 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit status: 0, 1 if some files failed, 2 if the command failed."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     _keep_freed_memory()
-    args = parser().parse_args(argv)
+    logging.getLogger("etmamba_timm.ops.kernels").setLevel(logging.INFO)  # that they are compiled, which takes a while
+    commands = parser()
+    args = commands.parse_args(argv)
+    if not hasattr(args, "run"):
+        commands.print_help(sys.stderr)
+        return 2
     if sys.stdout is None:
         print("etmamba: standard output is closed", file=sys.stderr)
         return 2
@@ -58,10 +64,19 @@ def _drop_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib import metadata
+
+        print(f"etmamba {__version__}, torch {metadata.version('torch')}")
+        parser.exit()
+
+
 def parser() -> argparse.ArgumentParser:
     """Builds the argument parser with all commands."""
     parser = argparse.ArgumentParser(prog="etmamba", description="ETMamba and VideoMamba on video files.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the versions of this package and of PyTorch")
+    commands = parser.add_subparsers(metavar="COMMAND")
     for module in (videos, training, seeing, models):
         module.add_commands(commands)
     return parser

@@ -11,7 +11,9 @@ from .options import DTYPES, positive, stride
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Adds the parsers of this module's commands."""
     info = commands.add_parser("info", help="list the models, or show one's parameters and multiply-adds")
-    info.add_argument("model", nargs="?", help="name of a model")
+    text = "a model's name, hf-hub:ORG/NAME or local-dir:FOLDER (default: all models of the package)"
+    info.add_argument("model", nargs="?", metavar="MODEL", help=text)
+    info.add_argument("--checkpoint", type=Path, help="weights of the model: .safetensors or .pth")
     info.add_argument("--num-frames", type=positive, metavar="T", help="frames of the clip (default: the model's)")
     info.add_argument(
         "--img-size", type=positive, metavar="S", help="height and width of the clip, in pixels (default: the model's)"
@@ -96,6 +98,8 @@ def _info(args: argparse.Namespace) -> int:
         return 0
     from ..models import VARIANTS
 
+    if args.checkpoint and not args.model:
+        raise ValueError("--checkpoint needs a MODEL, the architecture of its weights")
     rows = [_describe(name, args) for name in ([args.model] if args.model else VARIANTS)]
     if args.json:
         print(json.dumps(rows[0] if args.model else rows))
@@ -113,12 +117,10 @@ def _info(args: argparse.Namespace) -> int:
 def _describe(name: str, args: argparse.Namespace) -> dict:
     import timm
 
-    from ..models import VARIANTS, EtMamba, count_cost
+    from ..models import count_cost
+    from ..predict import model_without_weights
 
-    if name.partition(".")[0] not in VARIANTS:
-        raise ValueError(f"unknown model {name!r}; choose one of {', '.join(VARIANTS)}")
-    model = timm.create_model(name, device="meta")
-    assert isinstance(model, EtMamba)
+    model = model_without_weights(name, args.checkpoint)
     size = (args.img_size, args.img_size) if args.img_size else model.img_size
     if size[0] % model.patch_size or size[1] % model.patch_size:
         raise ValueError(f"--img-size is {args.img_size}; it must be a multiple of {model.patch_size}")
@@ -129,13 +131,15 @@ def _describe(name: str, args: argparse.Namespace) -> dict:
         "embed_dim": model.embed_dim,
         "depth": len(model.blocks),
         "clip": [model.in_chans, frames, *size],
+        "sampling": model.clip.spacing,
+        "classes": model.num_classes,
         "tokens": cost.tokens,
         "params": cost.params,
         "macs": cost.macs,
         "scan_macs": cost.scan_macs,
         "total_macs": cost.total_macs,
         "videomamba_macs": cost.videomamba_macs,
-        "weights": timm.list_pretrained(name.partition(".")[0] + ".*"),
+        "weights": [name] if ":" in name else timm.list_pretrained(name.partition(".")[0] + ".*"),
     }
 
 
@@ -143,7 +147,8 @@ def _readable(row: dict) -> dict:
     return {
         "model": row["model"],
         "width, depth": f"{row['embed_dim']}, {row['depth']}",
-        "clip C×T×H×W": "×".join(map(str, row["clip"])),
+        "clip C×T×H×W": "×".join(map(str, row["clip"])) + f", frames {row['sampling']}",
+        "classes": row["classes"],
         "tokens": row["tokens"],
         "parameters": f"{row['params'] / 1e6:.2f} M",
         "multiply-adds": f"{row['total_macs'] / 1e9:.1f} G, {row['scan_macs'] / 1e9:.1f} G of them in the scan",
@@ -157,6 +162,8 @@ def _summary(name: str) -> str:
     from ..checkpoints import manifest
     from ..checkpoints.card import views
 
+    if name not in manifest():
+        return name
     entry = manifest()[name]
     if entry.status == "warm start":
         return f"{name}: a starting point, from {entry.started_from}"

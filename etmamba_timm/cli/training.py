@@ -55,6 +55,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     train.add_argument("--probe", choices=["linear"], help=text)
     train.add_argument("--dry-run", action="store_true", help="say what the run would do, and stop")
     train.set_defaults(run=_train)
+    basics = train.format_help
+    train.format_help = lambda: basics() + "\n" + _settings_help(train)
 
     evaluate = commands.add_parser("eval", help="measure a model's accuracy on a dataset of videos")
     add_model(evaluate)
@@ -69,6 +71,17 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     )
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     evaluate.set_defaults(run=_evaluate)
+
+
+def _settings_help(train: argparse.ArgumentParser) -> str:
+    from ..training.recipe import describe_settings
+
+    formatter = train._get_formatter()
+    formatter.start_section("settings for --set, as in the recipe finetune (auto: the model or the data decide)")
+    for names, text in describe_settings():
+        formatter.add_argument(argparse.Action([names], names, nargs=0, help=text.replace("%", "%%")))
+    formatter.end_section()
+    return formatter.format_help()
 
 
 def _train(args: argparse.Namespace) -> int:

@@ -1,7 +1,10 @@
 """Recipes: the settings of a training run, read from a YAML file, with overrides."""
 
+import inspect
+import json
+import re
 import types
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import SupportsFloat
@@ -239,6 +242,25 @@ def read_settings(name: str | Path, **overrides) -> dict:
     if unknown := sorted(map(str, given.keys() - {*known, EPOCH_UPDATES})):
         raise RecipeError(f"{name}: unknown settings {', '.join(unknown)}; known are {', '.join(known)}")
     return given
+
+
+def describe_settings(recipe: str = "finetune") -> list[tuple[str, str]]:
+    """What `--set` takes: settings with a recipe's values, as `name=value, name=value`, and what they are."""
+    given = {f.name: f.default for f in fields(Recipe)} | read_settings(recipe)
+
+    def shown(name: str) -> str:
+        value = given.get(name)
+        value = "" if value is None or value == "" else {} if value is MISSING else value
+        return f"{name}={value if isinstance(value, str) else json.dumps(value).replace(chr(34), '')}"
+
+    documented = (inspect.getdoc(Recipe) or "").partition("Raises:")[0]
+    rows = re.findall(r"^    (\w[\w, ]*): (.*(?:\n {8}.*)*)\.$", documented, re.MULTILINE)
+    rows.append((EPOCH_UPDATES, "least number of updates in an epoch, for which repeat grows"))
+    return [
+        (", ".join(map(shown, names.split(", "))), re.sub(r"\s+", " ", text))
+        for names, text in rows
+        if names != "dataset"  # the command's own option, with another default
+    ]
 
 
 def parse_overrides(pairs: list[str]) -> dict:

@@ -204,7 +204,7 @@ def test_features_of_nothing_write_nothing(trained, folder):
         ),
         (["features", "good.mp4", "--model", "etmamba_ti_ebs", "-o", "f.safetensors"], "has no trained weights"),
         (["predict", "good.mp4", "--model", "resnet999"], "unknown model 'resnet999'"),
-        (["predict", "good.mp4", "--model", "videomamba_m.k400_f9"], "unknown tag; `etmamba info videomamba_m` lists"),
+        (["predict", "good.mp4", "--model", "videomamba_m.k400_f9"], "no tag 'k400_f9'; choose one of "),
         (["predict", "good.mp4", "--checkpoint", "weights.safetensors"], "--checkpoint needs --model"),
         (["predict", "--model", "etmamba_ti"], "no video files are given"),
         (["predict", "good.mp4", "--model", "etmamba_ti", "--device", "cuda:77"], "device 'cuda:77' can't be used"),
@@ -214,6 +214,11 @@ def test_features_of_nothing_write_nothing(trained, folder):
         (["features", "good.mp4", "--model", "etmamba_ti", "-o", "no/f.safetensors"], "no: no such folder"),
         (["predict", "good.mp4", "--model", "etmamba_ti", "--device", "meta"], "device 'meta' can't be used"),
         (["info", "etmamba_x"], "unknown model 'etmamba_x'; choose one of videomamba_ti,"),
+        (["info", "videomamba_ti.k"], "videomamba_ti has no tag 'k'; choose one of k400_f8, in1k,"),
+        (["info", "etmamba_ti_ebs.k"], "etmamba_ti_ebs has no tag 'k'; it has none"),
+        (["info", "local-dir:nowhere"], "nowhere contains no config.json"),
+        (["info", "--checkpoint", "weights.safetensors"], "--checkpoint needs a MODEL"),
+        (["info", "etmamba_ti", "--checkpoint", "weights.safetensors"], "looks like videomamba_ti"),
         (["info", "etmamba_ti", "--img-size", "100"], "must be a multiple of 16"),
     ],
 )
@@ -237,7 +242,7 @@ def test_what_cannot_be_done_says_why_and_exits_2(argv, message, folder, monkeyp
         ["predict", "good.mp4", "--model", "m", "--dtype", "int8"],
         ["timeline", "good.mp4", "--model", "m", "--smooth", "4"],
         ["nonsense"],
-        [],
+        ["analyze"],
     ],
 )
 def test_wrong_usage(argv, capsys):
@@ -245,6 +250,13 @@ def test_wrong_usage(argv, capsys):
         main(argv)
     assert stop.value.code == 2
     assert "usage: etmamba" in capsys.readouterr().err
+
+
+def test_a_command_alone_shows_the_help(capsys):
+    assert main([]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "classify the action in video files" in err
 
 
 def test_untrained_when_allowed(folder, monkeypatch, capsys, caplog):
@@ -271,6 +283,18 @@ def test_info_of_one(capsys):
     out = capsys.readouterr().out
     assert "3×8×160×160" in out
     assert "91.33 M" in out
+
+
+@pytest.mark.parametrize("arguments", [["local-dir:spread"], ["videomamba_ti", "--checkpoint", "weights.safetensors"]])
+def test_info_of_weights(arguments, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    assert main(["info", *arguments, "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert (row["classes"], row["clip"]) == (6, [3, 4, 32, 32])
+    assert main(["info", *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert "3×4×32×32" in shown
+    assert ("spread" in shown) == (arguments == ["local-dir:spread"])
 
 
 def test_info_on_backends(capsys, monkeypatch):

@@ -1,11 +1,20 @@
 """Recipes: the paper's four, overriding them, and what is refused."""
 
-from dataclasses import asdict
+import re
+from dataclasses import asdict, fields
 
 import pytest
 
 from etmamba_timm.clip import Clip
-from etmamba_timm.training.recipe import Recipe, RecipeError, load_recipe, parse_overrides, recipe_names
+from etmamba_timm.training.recipe import (
+    Recipe,
+    RecipeError,
+    describe_settings,
+    load_recipe,
+    parse_overrides,
+    read_settings,
+    recipe_names,
+)
 
 
 def test_the_papers_protocol():
@@ -132,3 +141,14 @@ def test_files_that_cannot_be(tmp_path):
         parse_overrides(["lr"])
     with pytest.raises(RecipeError, match="isn't valid YAML"):
         parse_overrides(["lr=["])
+
+
+def test_the_help_describes_every_setting_with_the_recipes_value():
+    rows = describe_settings("finetune")
+    pairs = [pair for names, _ in rows for pair in re.split(r", (?=\w+=)", names)]
+    shown = parse_overrides(pairs)
+    assert set(shown) == {f.name for f in fields(Recipe)} - {"dataset"} | {"epoch_updates"}
+    assert all(len(text) > 4 and not text.endswith(".") for _, text in rows)
+    assert {name: shown[name] for name in read_settings("finetune")} == read_settings("finetune")
+    defaults = {name: value for name, value in shown.items() if name not in read_settings("finetune")}
+    assert Recipe(**defaults) == Recipe()

@@ -41,7 +41,7 @@ def load(*sources: Path) -> ctypes.CDLL:
     key = digest(repr((_SCHEME, FLAGS, OPTIONAL_FLAGS, _processor(), texts)).encode())
 
     def build(work: Path) -> Path:
-        _logger.info("compiling the CPU kernels, once for this machine (about ten seconds)")
+        _logger.info("compiling the CPU kernels, about ten seconds; they are kept in %s for this machine", cache_dir())
         for source, text in texts.items():
             Path(work, source).write_bytes(text)  # exactly what the key was made from
         made = Path(work, "made.so")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .cache import BuildError, digest, from_cache
+from .cache import BuildError, cache_dir, digest, from_cache
 
 _logger = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ def compile_gpu(source: str, defines: dict[str, int], capability: tuple[int, int
     key = digest(repr((_SCHEME, _check(nvrtc.nvrtcVersion()), flags, texts)).encode())
 
     def build(folder: Path) -> Path:
+        _announce(cache_dir())
         made = folder / "made"
         made.write_bytes(translate(texts, flags)[0])
         return made
@@ -85,6 +86,11 @@ def compile_gpu(source: str, defines: dict[str, int], capability: tuple[int, int
         return translate(texts, flags)[0]
 
 
+@functools.cache
+def _announce(folder: Path) -> None:
+    _logger.info("compiling GPU kernels, about a second each; they are kept in %s for this kind of device", folder)
+
+
 def translate(texts: dict[str, bytes], flags: tuple[str, ...]) -> tuple[bytes, str]:
     """The machine code (or PTX, for a virtual architecture) of the first text, and the compiler's log.
 
@@ -96,7 +102,7 @@ def translate(texts: dict[str, bytes], flags: tuple[str, ...]) -> tuple[bytes, s
     if isinstance(nvrtc, BuildError):
         raise nvrtc
     source, *headers = texts
-    _logger.info("compiling the GPU kernels of %s, once for this kind of device", source)
+    _logger.debug("compiling %s", source)
     included = [texts[name] for name in headers]
     names = [name.encode() for name in headers]
     program = _check(nvrtc.nvrtcCreateProgram(texts[source], source.encode(), len(names), included, names))

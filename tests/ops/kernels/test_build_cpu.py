@@ -67,6 +67,15 @@ def cache(tmp_path, monkeypatch) -> Path:
     return folder
 
 
+def test_a_compilation_says_so_and_the_cache_is_silent(source, cache, caplog):
+    caplog.set_level("INFO", "etmamba_timm")
+    build.load(source)
+    build.load(source)
+    [message] = caplog.messages
+    assert message.startswith("compiling the CPU kernels, about ten seconds")
+    assert str(cache) in message
+
+
 @pytest.fixture
 def wrap(tmp_path, monkeypatch):
     """Makes a shell script of these lines the compiler; "$@" is its command line, $CXX_LOG a file to write to."""

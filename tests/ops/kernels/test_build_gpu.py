@@ -22,15 +22,16 @@ def cache(tmp_path, monkeypatch):
 
 @needs_nvrtc
 def test_compiles_once_for_each_architecture_and_set_of_macros(cache, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.DEBUG, "etmamba_timm")
     source, defines = SHORT_CONV
     variants = [(defines, (8, 0)), (defines, (9, 0)), (defines | {"TAPS": 3}, (9, 0))]
     made = [build_gpu.compile_gpu(source, *variant) for variant in variants]
     assert all(code.startswith(b"\x7fELF") for code in made)
     assert len(set(made)) == len(variants)
-    assert len(caplog.records) == len(variants)
+    assert [record.levelname for record in caplog.records] == ["INFO", *["DEBUG"] * len(variants)]
+    assert f"they are kept in {cache}" in caplog.text
     assert [build_gpu.compile_gpu(source, *variant) for variant in variants] == made  # from the cache
-    assert len(caplog.records) == len(variants)
+    assert len(caplog.records) == 1 + len(variants)
     assert [bytes([i])[0] for i in range(256)] == list(range(256))  # the compiler didn't write to Python's own objects
     assert sorted(path.name.split("-")[1] for path in cache.glob("*.cubin")) == ["sm_80", "sm_90", "sm_90"]
 

@@ -33,6 +33,7 @@ MAY_IMPORT = {
         "clip",
         "checkpoints",
         "data",
+        "environment",
         "export",
         "features",
         "files",
@@ -48,6 +49,7 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "on_import": set(),
     "version": set(),
+    "environment": {"ops", "version"},
     "hf": {"checkpoints", "clip", "data", "models", "zoo"},
     "__init__": {"on_import", "version", "zoo"},
 }

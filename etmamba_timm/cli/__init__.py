@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may contain undecodable bytes
     try:
-        if not getattr(args, "backends", False):  # the one command without models
+        if not (getattr(args, "backends", False) or getattr(args, "environment", False)):  # which need no models
             from .. import zoo  # noqa: F401  # registers them, as `etmamba_command` left that out
         status = args.run(args)
         sys.stdout.flush()

@@ -21,6 +21,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     info.add_argument(
         "--backends", action="store_true", help="show which scan backends run on this machine, and why others don't"
     )
+    text = "show what a bug report needs: versions, devices, backends and settings"
+    info.add_argument("--environment", action="store_true", help=text)
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(run=_info)
 
@@ -81,6 +83,12 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 
 def _info(args: argparse.Namespace) -> int:
+    if args.environment:
+        from ..environment import environment
+
+        found = environment()
+        print(json.dumps(found) if args.json else "\n".join(f"{name}: {value}" for name, value in found.items()))
+        return 0
     if args.backends:
         from ..ops import scan_backends
 

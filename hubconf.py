@@ -1,8 +1,8 @@
 """torch.hub entry points: the same builders that timm registers, and the transform that a model takes.
 
-torch.hub.load("<owner>/<repo>", "etmamba_ti", num_classes=10)
-torch.hub.load("<owner>/<repo>", "videomamba_m", pretrained=True)
-torch.hub.load("<owner>/<repo>", "eval_transform", "videomamba_m.k400_f8")
+torch.hub.load("OWNER/etmamba_timm", "etmamba_ti", num_classes=10)
+torch.hub.load("OWNER/etmamba_timm", "videomamba_m", pretrained=True)
+torch.hub.load("OWNER/etmamba_timm", "eval_transform", "videomamba_m.k400_f8")
 torch.hub.load("<folder>", "etmamba_ti", source="local", num_classes=10)
 """
 

@@ -1,12 +1,111 @@
-"""The repository around the package: how it installs."""
+"""The repository around the package: versions, workflows, templates, and how it installs."""
 
+import configparser
+import re
+import shlex
 import shutil
 import site
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import yaml
+
+import etmamba_timm
+from etmamba_timm.cli import parser
+
 REPO = Path(__file__).parents[1]
+SETUP = configparser.ConfigParser()
+SETUP.read(REPO / "setup.cfg", encoding="utf-8")
+CLASSIFIERS = re.findall(r"Python :: (3\.\d+)", SETUP["metadata"]["classifiers"])
+WORKFLOWS = {path.name: yaml.safe_load(path.read_text("utf-8")) for path in REPO.glob(".github/workflows/*.yml")}
+COMMANDS = [
+    pytest.param(line, id=f"{name}-{line[:40]}")
+    for name, workflow in WORKFLOWS.items()
+    for job in workflow["jobs"].values()
+    for step in job["steps"]
+    for line in step.get("run", "").splitlines()
+]
+
+
+def test_versions_agree():
+    version = etmamba_timm.__version__
+    citation = yaml.safe_load((REPO / "CITATION.cff").read_text("utf-8"))
+    latest = re.search(r"^## (\S+) - (\S+)$", (REPO / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    assert latest.groups() == (version, str(citation["date-released"]))
+    assert str(citation["version"]) == version
+    assert f"https://doi.org/{citation['references'][0]['doi']}" in SETUP["metadata"]["project_urls"]
+    assert citation["repository-code"] == SETUP["metadata"]["url"]
+
+
+def test_python_versions_agree():
+    assert WORKFLOWS["ci.yml"]["jobs"]["test"]["strategy"]["matrix"]["python"] == CLASSIFIERS
+    assert SETUP["options"]["python_requires"] == f">={CLASSIFIERS[0]}"
+    [lowest] = [s["with"]["python-version"] for s in WORKFLOWS["ci.yml"]["jobs"]["lowest"]["steps"] if "with" in s]
+    assert lowest == CLASSIFIERS[0]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_workflows_call_what_exists(line):
+    words = shlex.split(line.replace("$GITHUB_WORKSPACE/", ""))
+    paths = [word for word in words if re.match(r"\.ci/|tests/|docs/", word)]
+    assert all((REPO / path).exists() for path in paths)
+    if Path(words[0]).name == "etmamba":
+        assert callable(parser().parse_args(words[1:]).run)
+    elif words[0] == ".ci/run":
+        assert (REPO / ".ci/run").stat().st_mode & 0o100
+    else:
+        assert Path(words[0]).name in ("pip", "python", "pytest", "twine")
+    for extras in re.findall(r"^\.\[(.+)\]$", "\n".join(words), re.MULTILINE):
+        assert set(extras.split(",")) <= set(SETUP["options.extras_require"])
+
+
+def test_the_lowest_versions_are_those_of_the_metadata():
+    done = subprocess.run([sys.executable, ".ci/lowest.py"], cwd=REPO, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert all(re.fullmatch(r"\w+==[\d.]+", line) for line in lines)
+    assert [line.replace("==", ">=") for line in lines] == SETUP["options"]["install_requires"].split()
+
+
+def test_a_release_needs_its_tag_a_changelog_and_an_address(tmp_path):
+    files = ("etmamba_timm/version.py", "CHANGELOG.md", "setup.cfg", "CITATION.cff", "README.md", "hubconf.py")
+    for name in (".ci/check_release.py", *files):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        text = (REPO / name).read_text("utf-8")
+        (tmp_path / name).write_text(text if ".ci" in name else text.replace("OWNER/", "someone/"), "utf-8")
+    command = [sys.executable, str(tmp_path / ".ci/check_release.py")]
+
+    def said(tag: str) -> str:
+        done = subprocess.run([*command, tag], capture_output=True, text=True)
+        assert (done.returncode == 0) == (done.stderr == "")
+        return done.stderr
+
+    assert said(f"v{etmamba_timm.__version__}") == ""
+    assert "the version" in said("v9.9")
+    (tmp_path / "hubconf.py").write_text("OWNER/etmamba_timm")
+    assert "hubconf.py has OWNER/etmamba_timm" in said(f"v{etmamba_timm.__version__}")
+    (tmp_path / "CHANGELOG.md").write_text("# Changelog\n")
+    assert "CHANGELOG.md has no section" in said(f"v{etmamba_timm.__version__}")
+
+
+def test_only_publishing_may_ask_for_a_token():
+    for workflow in WORKFLOWS.values():
+        assert workflow["permissions"] == {"contents": "read"}
+    jobs = {name: job for workflow in WORKFLOWS.values() for name, job in workflow["jobs"].items()}
+    assert [name for name, job in jobs.items() if "permissions" in job] == ["publish"]
+    assert jobs["publish"]["permissions"] == {"id-token": "write"}
+    assert jobs["publish"]["needs"] == "build"
+
+
+def test_templates():
+    for path in REPO.glob(".github/ISSUE_TEMPLATE/*.yml"):
+        form = yaml.safe_load(path.read_text("utf-8"))
+        if path.name != "config.yml":
+            assert {"name", "description", "body"} <= set(form)
+            assert all(part["type"] == "textarea" and part["attributes"]["label"] for part in form["body"])
+            assert "etmamba info --environment" in form["body"][-1]["attributes"]["label"]
+    assert yaml.safe_load((REPO / ".pre-commit-config.yaml").read_text("utf-8"))["repos"]
 
 
 def run(code: str, folder: Path) -> str:

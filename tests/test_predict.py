@@ -199,7 +199,7 @@ class TestLoadModel:
             load_model("etmamba_ti", tmp_path / "weights.safetensors")
 
     def test_unknown_model(self):
-        with pytest.raises(ValueError, match="unknown model 'etmamba_x'; `etmamba info` lists"):
+        with pytest.raises(ValueError, match="unknown model 'etmamba_x'; choose one of videomamba_ti,"):
             load_model("etmamba_x")
 
     def test_a_model_of_timms_own(self, tmp_path):

@@ -49,7 +49,14 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or (any(_GLOBAL_HOOKS) and not all(_is_pytorchs(hook) for hooks in _GLOBAL_HOOKS for hook in hooks.values()))
+        or (_any_global_hooks() and not all(_is_pytorchs(hook) for hooks in _GLOBAL_HOOKS for hook in hooks.values()))
+    )
+
+
+def _any_global_hooks() -> bool:
+    # Not any(_GLOBAL_HOOKS): PyTorch 2.4 can't compile that.
+    return bool(
+        _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks
     )
 
 

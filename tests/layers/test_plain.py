@@ -234,6 +234,7 @@ def test_compiled_in_one_piece(name):
         assert_close(grad, wanted_grad)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.4."), reason="PyTorch 2.4 can't compile a model with hooks")
 def test_a_hook_that_comes_after_compilation_acts_once_it_is_compiled_anew():
     """PyTorch's own rule for hooks: a compiled graph doesn't look for new ones."""
     model, x = small(), clip()

@@ -1,6 +1,7 @@
 """The repository around the package: versions, workflows, templates, and how it installs."""
 
 import configparser
+import json
 import re
 import shlex
 import shutil
@@ -55,10 +56,24 @@ def test_workflows_call_what_exists(line):
         assert callable(parser().parse_args(words[1:]).run)
     elif words[0] == ".ci/run":
         assert (REPO / ".ci/run").stat().st_mode & 0o100
+    elif words[0] == "docker":
+        assert (REPO / "Dockerfile").is_file()
     else:
         assert Path(words[0]).name in ("pip", "python", "pytest", "twine")
     for extras in re.findall(r"^\.\[(.+)\]$", "\n".join(words), re.MULTILINE):
         assert set(extras.split(",")) <= set(SETUP["options.extras_require"])
+
+
+def test_the_container_has_what_it_runs():
+    text = (REPO / "Dockerfile").read_text("utf-8")
+    extras = {name for names in re.findall(r"'\.\[(.+?)\]'", text) for name in names.split(",")}
+    assert {"demo", "test"} <= extras <= set(SETUP["options.extras_require"])
+    commands = re.findall(r"docker run .*? etmamba-timm(?: (.*?))?(?: +#.*)?$", text, re.MULTILINE)
+    assert len(commands) >= 3
+    for command in commands:
+        assert callable(parser().parse_args(command.split() or json.loads(text.rpartition("\nCMD ")[2])).run)
+    ignored = (REPO / ".dockerignore").read_text("utf-8").split()
+    assert not set(ignored) & {"weights", "tests", "setup.py"}
 
 
 def test_the_lowest_versions_are_those_of_the_metadata():

@@ -15,8 +15,9 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def _as_talkative_as_before() -> Iterator[None]:
-    """A command that a test runs in this process doesn't leave its log level to the next test."""
-    package = logging.getLogger("etmamba_timm")
-    level = package.level
+    """A command that a test runs in this process doesn't leave its log levels to the next test."""
+    loggers = [logging.getLogger(name) for name in ("etmamba_timm", "etmamba_timm.ops.kernels")]
+    levels = [logger.level for logger in loggers]
     yield
-    package.setLevel(level)
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)

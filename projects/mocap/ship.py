@@ -2,8 +2,8 @@
 
 python -m projects.mocap.ship DATA RUN
 
-It evaluates the shipped weights on the test videos, by `etmamba eval`, once: the scores stay in RUN/test.safetensors,
-and go to benchmarks/results, as does the validation's log.
+It evaluates the shipped weights on both kinds of test videos, by `etmamba eval`, once: the scores stay in RUN, and go
+to benchmarks/results, as does the validation's log.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ EACH = 5
 SEED = 0  # which ones, and which is the sample
 LICENCE = "Apache-2.0"
 DATASET = "rendered motion capture"
+TESTS = {"test": ("held-out views", "."), "looks": ("held-out looks", "looks")}  # by file name; folder in the dataset
 NOTES = Path(__file__).with_name("notes.md")
 
 
@@ -48,28 +49,29 @@ def about(run: Path) -> dict:
     return json.loads((run / RUN_FILE).read_text())
 
 
-def card(run: Path, scores: Scores | None) -> dict:
+def card(run: Path, tests: dict[str, Scores]) -> dict:
     """The block of config.json from which the model card is made."""
     known, recipe, figures = about(run), load_recipe(run / RECIPE_FILE), []
-    if scores is not None:
+    start = "its earlier version, of the easy look alone," if recipe.pretrained else "scratch"
+    for name, scores in tests.items():
         values = {"top-1": scores.topk(1), "top-5": scores.topk(5)}
         for pair, both in accuracies(scores).items():
-            values |= {f"top-1 of {name}": value for name, value in zip(pair, both, strict=False)}
+            values |= {f"top-1 of {motion}": value for motion, value in zip(pair, both, strict=False)}
             values[f"{pair[0]} or backwards, of the two"] = both[2]
-        dataset = f"{DATASET}, {len(scores.labels)} videos of held-out views"
+        dataset = f"{DATASET}, {len(scores.labels)} videos of {TESTS[name][0]}"
         views = {"frames": recipe.num_frames, "crops": 1, "clips": 1}
         common = {"dataset": dataset, "views": views, "whose": "measured here"}
-        figures = [common | {"metric": name, "value": round(100 * value, 2)} for name, value in values.items()]
+        figures += [common | {"metric": metric, "value": round(100 * value, 2)} for metric, value in values.items()]
     return {
         "licence": LICENCE,
-        "source": f"trained from scratch on {known['videos']:,} videos rendered from motion capture (projects/mocap)",
+        "source": f"trained from {start} on {known['videos']:,} videos rendered from motion capture (projects/mocap)",
         "recipe": asdict(recipe) | {"processes": known["processes"]},
         "figures": figures,
         "notes": NOTES.read_text(encoding="utf-8").strip(),
     }
 
 
-def save(run: Path, folder: Path, scores: Scores | None) -> None:
+def save(run: Path, folder: Path, tests: dict[str, Scores]) -> None:
     """Replaces the folder by the run's model in half precision."""
     model = timm.create_model(f"local-dir:{run / MODEL}", pretrained=True)
     params = sum(p.numel() for p in model.parameters())
@@ -78,7 +80,7 @@ def save(run: Path, folder: Path, scores: Scores | None) -> None:
         model,
         folder,
         dtype=torch.float16,
-        card=card(run, scores),
+        card=card(run, tests),
         readme=lambda config: model_card(NAME, config, params, "float16", NAME),
     )
 
@@ -87,7 +89,7 @@ def enter(folder: Path) -> None:
     """Replaces the checkpoint's entry in the manifest."""
     found = check_folder(folder)
     entry = found.manifest_entry("none") | {"status": "local", "source": {"folder": folder.name}}
-    entry |= {"trained_on": DATASET, "figures": entry["figures"][:1]}
+    entry |= {"trained_on": DATASET, "figures": [f for f in entry["figures"] if f["metric"] == "top-1"]}
     file = WEIGHTS / "manifest.json"
     text = file.read_text(encoding="utf-8")
     if next(reversed(json.loads(text))) != NAME and NAME in json.loads(text):
@@ -131,12 +133,17 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="the rendered dataset")
     parser.add_argument("run", type=Path, help="the folder of the finished run")
     args = parser.parse_args()
-    folder, file, videos = WEIGHTS / NAME, args.run / "test.safetensors", test_videos(args.data)
+    folder, videos = WEIGHTS / NAME, test_videos(args.data)
     with tempfile.TemporaryDirectory() as draft:
-        save(args.run, Path(draft, NAME), None)
-        scores = tested(f"local-dir:{Path(draft, NAME)}", args.data, file)
-    save(args.run, folder, scores)
-    scores.save(RESULTS / "mocap_test.safetensors")
+        save(args.run, Path(draft, NAME), {})
+        model = f"local-dir:{Path(draft, NAME)}"
+        tests = {
+            name: tested(model, args.data / where, args.run / f"{name}.safetensors")
+            for name, (_, where) in TESTS.items()
+        }
+    save(args.run, folder, tests)
+    for name, scores in tests.items():
+        scores.save(RESULTS / f"mocap_{name}.safetensors")
     shutil.copy(args.run / VAL_LOG, RESULTS / "mocap_val.csv")
     enter(folder)
     copy_videos(videos)

@@ -139,7 +139,7 @@ def test_features_of_another_model_are_not_mixed(tmp_path, capsys):
     arguments = ["features", *FILES[:2], *MODEL, "-o", str(tmp_path / "folder")]
     assert main(arguments) == 0
     assert main([*arguments, "--num-clips", "2"]) == 2
-    assert "holds features of other settings (num_clips: 1 there, 2 now)" in capsys.readouterr().err
+    assert "holds features of other settings (--num-clips: 1 there, 2 now)" in capsys.readouterr().err
     assert main(arguments) == 0
     assert "features of 2 of 2 files" in capsys.readouterr().err
 

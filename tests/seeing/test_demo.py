@@ -237,9 +237,9 @@ def test_limits_of_videos(tmp_path: Path) -> None:
 def browser(request: pytest.FixtureRequest) -> Iterator[tuple["WebDriver", int]]:
     """Chromium with a window of some width."""
     webdriver = pytest.importorskip("selenium.webdriver")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    chromium, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
     if not (chromium and driver):
-        pytest.skip("needs chromium and chromedriver")
+        pytest.skip("needs chromium or google-chrome, and chromedriver")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for option in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", "window-size=1280,1500"):

@@ -64,7 +64,7 @@ def parameters_in(dtype: torch.dtype) -> torch.dtype:
 )
 def test_short_conv(batch, length, width, taps, way, scale, dtype, seed):
     torch.manual_seed(seed)
-    x = scale * randn(batch, length, 2, width, dtype=dtype).permute(2, 0, 1, 3)  # strided, as EBS hands it over
+    x = randn(batch, length, 2, width, dtype=dtype).mul_(scale).permute(2, 0, 1, 3)  # strided, as EBS hands it over
     x = x if way == "both" else x[1]
     weight, bias = randn(width, 1, taps, dtype=parameters_in(dtype)), randn(width, dtype=parameters_in(dtype))
     reverse = way == "backwards"
@@ -84,7 +84,7 @@ def test_local_conv(batch, grid, channels, scale, dtype, seed):
     torch.manual_seed(seed)
     t, h, w = grid
     sums = parameters_in(dtype)
-    x = scale * randn(batch, 1 + t * h * w, channels + 3, dtype=dtype)[..., 3:]
+    x = randn(batch, 1 + t * h * w, channels + 3, dtype=dtype).mul_(scale)[..., 3:]
     residual = randn(batch, 1 + t * h * w, 4 * channels, dtype=sums)
     weights = [randn(channels, 1, k, k, dtype=sums) / k for k in (3, 5, 7)]
     biases = [randn(channels, dtype=sums) for _ in range(3)]

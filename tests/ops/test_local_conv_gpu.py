@@ -95,6 +95,15 @@ def test_gradients_may_have_any_strides():
         torch.testing.assert_close(grad, wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_sums_beyond_the_range_of_exponentials():
+    def call(function):
+        return lambda x, residual, *rest: function(x, residual, rest[:3], rest[3:], (2, 2, 7))
+
+    parameters = [p.float() for p in local_parameters(4)]
+    x, residual = 1000 * randn(2, 29, 4).float(), randn(2, 29, 16).float()
+    assert_agrees(call(local_conv), call(LOCAL._plain), [x, residual], parameters)
+
+
 def test_an_empty_batch():
     parameters = [p.float().requires_grad_() for p in local_parameters(3)]
     out = local_conv(torch.empty(0, 13, 3), torch.empty(0, 13, 12), parameters[:3], parameters[3:], (2, 2, 3))

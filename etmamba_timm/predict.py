@@ -75,7 +75,7 @@ def load_model(
         if not trained and not starts and not allow_untrained:
             raise UntrainedError(
                 f"{name!r} has no trained weights, so its results would be random. Give a checkpoint or a model "
-                "with weights (hf-hub:ORG/NAME, local-dir:FOLDER), or set allow_untrained"
+                "with weights (hf-hub:ORG/NAME, local-dir:FOLDER), or pass allow_untrained"
             )
         if starts and not allow_untrained:  # before a download
             raise _starting_point(name)
@@ -244,6 +244,8 @@ def _check_name(name: str) -> None:
     variant, dot, tag = name.partition(".")
     if ":" in name:
         return
+    if variant not in VARIANTS and Path(name).is_dir():
+        raise ValueError(f"{name!r} is a folder; as a model it is local-dir:{name}")
     if variant not in VARIANTS:
         raise ValueError(
             f"unknown model {name!r}; choose one of {', '.join(VARIANTS)}, hf-hub:ORG/NAME, local-dir:FOLDER"
@@ -258,7 +260,9 @@ def _create(name: str, **kwargs: Any) -> EtMamba:
     if kind == "hf-hub":  # download it here: timm waits half a minute for a Hub that can't be reached
         read_config(fetch(where, CONFIG_FILE).parent)
     elif kind == "local-dir" and read_config(where) is None:
-        raise FileNotFoundError(f"{where} contains no {CONFIG_FILE}; name a folder that `etmamba convert` made")
+        inner = Path(where, "model")  # of a run
+        remedy = f"name {inner}" if (inner / CONFIG_FILE).exists() else "name a folder that `etmamba convert` made"
+        raise FileNotFoundError(f"{where} contains no {CONFIG_FILE}; {remedy}")
     model = timm.create_model(name, **kwargs)
     assert isinstance(model, EtMamba)  # config.json and the name were checked
     return model
@@ -267,5 +271,5 @@ def _create(name: str, **kwargs: Any) -> EtMamba:
 def _starting_point(name: str) -> UntrainedError:
     return UntrainedError(
         f"{name!r} is a starting point for training (VideoMamba's weights), not a classifier: its results would be "
-        "meaningless. Train it and give that checkpoint, or choose a trained model"
+        "meaningless. Train it and give that checkpoint, or choose a trained model, such as etmamba_ti.mocap"
     )

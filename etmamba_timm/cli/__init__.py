@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import ctypes
+import difflib
 import logging
 import os
 import sys
@@ -34,7 +35,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
-        print("etmamba: interrupted", file=sys.stderr)
+        training = args.run.__name__ == "_train"
+        print("etmamba: interrupted" + training * "; the same command continues", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `etmamba … | head`
         _drop_stdout()
@@ -64,6 +66,19 @@ def _drop_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its commands' parsers are of this class too: each tells of unknown options with its own usage."""
+
+    def parse_known_args(self, *args, **kwargs):
+        found, unknown = super().parse_known_args(*args, **kwargs)
+        if unknown:
+            known = [option for option in self._option_string_actions if option.startswith("--")]
+            close = [m for word in unknown for m in difflib.get_close_matches(word.partition("=")[0], known, 1)]
+            meant = f"; did you mean {', '.join(close)}?" if close else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+        return found, unknown
+
+
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib import metadata
@@ -74,7 +89,7 @@ class _Version(argparse.Action):
 
 def parser() -> argparse.ArgumentParser:
     """Builds the argument parser with all commands."""
-    parser = argparse.ArgumentParser(prog="etmamba", description="ETMamba and VideoMamba on video files.")
+    parser = _Parser(prog="etmamba", description="ETMamba and VideoMamba on video files.")
     parser.add_argument("--version", action=_Version, nargs=0, help="show the versions of this package and of PyTorch")
     commands = parser.add_subparsers(metavar="COMMAND")
     for module in (videos, training, seeing, models):

@@ -40,7 +40,7 @@ class FrameFolder:
         if not self._names:
             raise VideoError(
                 f"{self.path}: is a folder without pictures; name a video file, or a folder of frames "
-                f"({', '.join(PICTURES[:3])}, ...)"
+                f"(of videos, all: {self.path.name}/*.mp4; pictures: {', '.join(PICTURES[:3])}, ...)"
             )
         self._size: tuple[int, int] | None = None
         height, width = self._size = self._picture(0).shape[:2]

@@ -377,7 +377,12 @@ def as_clip(x: Tensor, in_chans: int, patch_size: int) -> Tensor:
             "the std of model.pretrained_cfg, as etmamba_timm.data.EvalTransform does"
         )
     if x.shape[1] != in_chans:
-        hint = "; it looks like [B, T, C, H, W], so permute it" if x.ndim == 5 and x.shape[2] == in_chans else ""
+        hint = ""
+        if x.ndim == 5 and in_chans in (x.shape[2], x.shape[4]):
+            order = "[B, T, C, H, W]" if x.shape[2] == in_chans else "[B, T, H, W, C]"
+            hint = f"; it looks like {order}, so permute it"
+        elif x.ndim == 4 and in_chans in (x.shape[0], x.shape[3]):
+            hint = "; four dimensions are a batch of images, so give a clip a batch dimension, clip[None]"
         raise ValueError(f"clip {shape} has {x.shape[1]} channels; this model takes {in_chans}, in dimension 1{hint}")
     height, width = x.shape[-2:]
     if 0 in shape:

@@ -326,7 +326,9 @@ class _Training:
         start = time.perf_counter()
         metrics = self.scores(LAST_WEIGHTS).metrics()
         self.pace.count_evaluation(time.perf_counter() - start)
-        is_best = metrics["top1"] > self.progress.best
+        is_best = (
+            metrics["top1"] >= self.progress.best
+        )  # with few videos many are equal, and the latest has learnt most
         if is_best:
             self.progress.best, self.progress.best_epoch = metrics["top1"], epoch
         if self.is_main:
@@ -382,6 +384,8 @@ class _Training:
         self.run.drop_model()
         scores.save(self.run / SCORES)
         processes, best_epoch = self.accelerator.num_processes, self.progress.best_epoch
+        views = self.recipe.num_clips * self.recipe.num_crops
+        _logger.info("the model is that of epoch %d, evaluated with %d views of each video", best_epoch + 1, views)
         videos = len(self.data) // self.recipe.repeat
         card = run_card(self.recipe, processes, best_epoch, videos, scores.metrics())
         params = sum(p.numel() for p in self.eval_model.parameters())

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -352,3 +353,18 @@ def test_messages_name_this_commands_options(message, shown):
     del args.batch_size, args.checkpoint  # as of a command without them
     assert in_options(message, args) == (shown or message)
     assert in_options(message, argparse.Namespace(file="x")) == message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["predict", "--modle", "x"], "usage: etmamba predict .*arguments: --modle; did you mean --model?"),
+        (["analyze", "tsne", "--model=a", "--data=b", "-o=c", "--dta", "x"], "did you mean --data?"),
+        (["--nothing"], "usage: etmamba .*unrecognized arguments: --nothing$"),
+    ],
+)
+def test_an_unknown_option_gets_the_usage_of_its_command(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert re.search(message.replace("?", r"\?"), capsys.readouterr().err.strip(), re.DOTALL)

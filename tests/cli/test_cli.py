@@ -198,7 +198,7 @@ def test_features_of_nothing_write_nothing(trained, folder):
     [
         (["predict", "good.mp4", "--model", "etmamba_ti_ebs"], "has no trained weights"),
         (["predict", "good.mp4", "--model", "etmamba_ti"], "is a starting point for training"),
-        (["predict", "good.mp4", "--model", "videomamba_ti_stfp"], "or set --allow-untrained"),
+        (["predict", "good.mp4", "--model", "videomamba_ti_stfp"], "or pass --allow-untrained"),
         (
             ["timeline", "good.mp4", "--model", "videomamba_ti", "--checkpoint", "spread"],
             "set --clip-seconds to the length of the videos",

@@ -1,4 +1,4 @@
-"""The transform for training: timm's and torchvision's augmentations, the same for all frames of a clip."""
+"""Augmentation for training: timm's and torchvision's, the same for all frames of a clip, and blending with stills."""
 
 import random
 from dataclasses import dataclass
@@ -11,6 +11,22 @@ from torch import Tensor
 from torchvision.transforms.v2 import RandomResizedCrop, functional
 
 MOST_MAGNITUDE = 9.99  # at 10, timm posterises to 0 bits: a black image, and an error in newer versions of Pillow
+
+
+def blend_still(clips: Tensor, most: float) -> Tensor:
+    """Blends each clip with a still frame of another one, so that motion tells more of its class, and the scene less.
+
+    After "background erasing" (Wang et al. 2021), which takes a frame of the same clip. It uses PyTorch's global random
+    generator.
+
+    Args:
+        clips: [B, C, T, H, W].
+        most: the greatest share of the still frame, in [0, 1]; each clip's share is drawn uniformly.
+    """
+    count, _, length = clips.shape[:3]
+    shares, times = torch.rand(count, 1, 1, 1, 1) * most, torch.randint(length, (count,))
+    stills = clips.roll(1, 0)[torch.arange(count), :, times, None]  # [B, C, 1, H, W]
+    return clips.lerp(stills, shares.to(clips))
 
 
 @dataclass(frozen=True)

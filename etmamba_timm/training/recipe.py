@@ -62,6 +62,7 @@ class Recipe:
         clip_grad: maximum norm of the gradient; 0 for no limit.
         drop_path, drop, label_smoothing: regularisation.
         mixup, cutmix: alphas; 0 for none.
+        still: greatest share of a still frame of another clip that is blended into each clip, against learning scenes.
         scale, ratio, flip, rand_augment, erasing: see `etmamba_timm.data.TrainTransform`.
         ema: decay of averaged weights, which are then evaluated and exported; 0 for none.
         precision: 'no' (float32), 'bf16' or 'fp16'.
@@ -113,6 +114,7 @@ class Recipe:
     label_smoothing: float = 0.1
     mixup: float = 0.0
     cutmix: float = 0.0
+    still: float = 0.0
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (0.75, 4 / 3)
     flip: float = 0.5
@@ -150,7 +152,7 @@ class Recipe:
         for name in ("warmup_epochs", "seed", "grad_checkpointing", *rates):
             if not getattr(self, name) >= 0:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must be 0 or more")
-        shares = ("drop_path", "drop", "label_smoothing", "flip", "erasing", "ema", "layer_decay", "balance")
+        shares = ("drop_path", "drop", "label_smoothing", "flip", "erasing", "ema", "layer_decay", "balance", "still")
         for name in (*shares, "teacher_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")

@@ -62,7 +62,10 @@ class RunFolder:
         if file.exists():
             known = json.loads(file.read_text(encoding="utf-8"))
             identifier = known.pop("id", identifier)
-            differing = sorted(key for key in known.keys() | run.keys() if known.get(key) != run.get(key))
+            keys = known.keys() | run.keys()  # a setting that one version lacks is off there
+            differing = sorted(
+                key for key in keys if known.get(key) != run.get(key) and (known.get(key) or run.get(key))
+            )
             if not differing:
                 return
             if started and differing == ["epochs"] and run["epochs"] > known["epochs"]:

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from ..checkpoints.card import model_card
 from ..checkpoints.save import save_checkpoint
 from ..data import Annotations
+from ..data.augment import blend_still
 from ..data.dataset import seeded
 from ..models import EtMamba
 from .card import run_card
@@ -292,15 +293,17 @@ class _Training:
         return counted
 
     def take(self, batch: dict, part: int) -> tuple[Tensor, Tensor]:
-        """Moves a batch to the device and applies mixup and CutMix; clips [B, C, T, H, W], and labels or targets."""
+        """Moves a batch to the device and blends or mixes its clips: [B, C, T, H, W], and labels or targets."""
         recipe, accelerator = self.recipe, self.accelerator
         clips, target = (batch[name].to(accelerator.device, non_blocking=True) for name in ("clip", "label"))
         self.progress.replaced += batch["replaced"]
-        if self.mixup is None:
-            return clips, target
         with seeded(recipe.seed, accelerator.process_index, self.progress.update, part):
-            clips, target = self.mixup(clips.flatten(1, 2), target)  # as images [B, C·T, H, W]
-        return clips.unflatten(1, (-1, recipe.num_frames)), target
+            if recipe.still:
+                clips = blend_still(clips, recipe.still)
+            if self.mixup is not None:
+                clips, target = self.mixup(clips.flatten(1, 2), target)  # as images [B, C·T, H, W]
+                clips = clips.unflatten(1, (-1, recipe.num_frames))
+        return clips, target
 
     def batches(self, epoch: int, first: int) -> Iterator[dict]:
         """This process's batches of an epoch, from update `first` on; see `loading.batches`."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.common import write
 
-from .runs import Run, etmamba
+from ..runs import Run, etmamba
 from .variation import CLASSES, PARTS
 
 RECIPE = Path(__file__).with_name("short.yaml")

@@ -12,32 +12,14 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from etmamba_timm.seeing.plots import COLOURS, new_figure, save_figure
-from etmamba_timm.training.run_folder import TRAIN_LOG, VAL_LOG
-
+from ..curve import learning_curve
+from ..runs import etmamba
 from .join import join, share_right
-from .runs import etmamba, read_log
-from .ship import IMAGES, NAME, RESULTS, about, test_videos
+from .ship import IMAGES, NAME, RESULTS, test_videos
 from .variation import CLASSES, SECONDS
 
 JOINED = 12  # videos of the timeline
 CLIP, HOP = sum(SECONDS) / 2, 0.5  # seconds
-
-
-def learning_curve(run: Path, out: Path) -> None:
-    """Training loss, and accuracy on the validation videos, over clips seen."""
-    known = about(run)
-    clips = known["batch_size"] * known["processes"] / 1000  # thousands, of an update
-    train = [(row["update"] * clips, row["loss"]) for row in read_log(run / TRAIN_LOG)]
-    val = [(row["update"] * clips, 100 * row["top1"]) for row in read_log(run / VAL_LOG)]
-    figure = new_figure(6, 4)
-    axes = figure.add_subplot(title=f"{NAME}: learning curve")
-    axes.plot(*zip(*train, strict=True), color="gray", linewidth=0.8)
-    axes.set(xlabel="thousand clips", ylabel="training loss (grey)", ylim=(0, None))
-    other = axes.twinx()
-    other.plot(*zip(*val, strict=True), marker="o", color=COLOURS[0])
-    other.set(ylabel="validation top-1, %", ylim=(0, 104))
-    save_figure(figure, out)
 
 
 def main() -> None:
@@ -47,7 +29,7 @@ def main() -> None:
     args = parser.parse_args()
     videos = [found[0] for found in test_videos(args.data).values()]
     model = ["--model", NAME]
-    learning_curve(args.run, IMAGES / "mocap_learning.png")
+    learning_curve(args.run, IMAGES / "mocap_learning.png", NAME)
     etmamba("analyze", "confusion", RESULTS / "mocap_test.safetensors", "-o", IMAGES / "mocap_confusion.png")
     tsne = ["--data", args.data, "--subset", "test", "--classes", len(CLASSES)]
     etmamba("analyze", "tsne", *model, *tsne, "-o", IMAGES / "mocap_tsne.png")

@@ -24,10 +24,10 @@ from etmamba_timm.checkpoints.publish import check_folder
 from etmamba_timm.checkpoints.save import save_checkpoint
 from etmamba_timm.training.evaluate import Scores
 from etmamba_timm.training.recipe import load_recipe
-from etmamba_timm.training.run_folder import MODEL, RECIPE_FILE, RUN_FILE, VAL_LOG
+from etmamba_timm.training.run_folder import MODEL, RECIPE_FILE, VAL_LOG
 
+from ..runs import about, tested
 from .pairs import accuracies
-from .runs import tested
 from .variation import CLASSES
 
 ROOT = Path(__file__).parents[2]
@@ -42,11 +42,6 @@ LICENCE = "Apache-2.0"
 DATASET = "rendered motion capture"
 TESTS = {"test": ("held-out views", "."), "looks": ("held-out looks", "looks")}  # by file name; folder in the dataset
 NOTES = Path(__file__).with_name("notes.md")
-
-
-def about(run: Path) -> dict:
-    """What identifies the run: the recipe's settings, the number of `processes` (`batch_size` clips each), and more."""
-    return json.loads((run / RUN_FILE).read_text())
 
 
 def card(run: Path, tests: dict[str, Scores]) -> dict:

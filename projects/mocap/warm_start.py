@@ -17,7 +17,7 @@ from etmamba_timm.seeing.plots import new_figure, save_figure
 from etmamba_timm.training.evaluate import Scores
 from etmamba_timm.training.recipe import load_recipe
 
-from .runs import Run, train_all
+from ..runs import Run, train_all
 from .variation import ACTIONS, CLASSES, PARTS
 
 RECIPE = Path(__file__).with_name("short.yaml")

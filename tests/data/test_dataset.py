@@ -19,6 +19,7 @@ from etmamba_timm.data import (
     VideoError,
     collate,
 )
+from etmamba_timm.data.augment import blend_still
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +161,21 @@ def test_no_flip_where_left_and_right_matter():
 def test_bad_arguments(field, value):
     with pytest.raises(ValueError, match=field):
         TrainTransform(**{field: value})
+
+
+def test_clips_are_blended_with_one_still_frame_of_another_clip():
+    clips = torch.rand(6, 3, 4, 5, 5)
+    torch.manual_seed(1)
+    blended = blend_still(clips, 0.5)
+    kept = (blended.diff(dim=2) / clips.diff(dim=2)).flatten(1)  # the still frame falls out of the change in time
+    shares = 1 - kept.mean(1)
+    torch.testing.assert_close(kept, (1 - shares)[:, None].expand_as(kept), atol=1e-3, rtol=0)
+    assert 0 <= shares.min() < shares.max() <= 0.5
+    stills = (blended - (1 - shares).view(-1, 1, 1, 1, 1) * clips) / shares.view(-1, 1, 1, 1, 1)
+    times = []
+    for still, other in zip(stills, clips.roll(1, 0), strict=True):
+        apart = (other - still.mean(1, keepdim=True)).abs().amax((0, 2, 3))  # of each frame
+        assert apart.min() < 1e-3
+        times.append(int(apart.argmin()))
+    assert len(set(times)) > 1
+    assert torch.equal(blend_still(clips, 0.0), clips)

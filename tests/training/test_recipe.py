@@ -98,6 +98,7 @@ def test_checkpointing_is_a_number_of_blocks_or_whether_at_all():
         ({"layer_decay": 0}, "set it to 1 for no decay"),
         ({"label_smoothing": 1}, "it must be below 1"),
         ({"mixup": -0.8}, "mixup is -0.8; it must be 0 or more"),
+        ({"still": 1.5}, "still is 1.5; it must be between 0 and 1"),
         ({"precision": "fp8"}, "choose one of no, bf16, fp16"),
         ({"stride": 0}, "stride is 0; it must be the number of frames from one to the next .* or 'spread'"),
         ({"stride": "wide"}, "stride is 'wide'; it must be the number of frames"),

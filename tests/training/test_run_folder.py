@@ -62,3 +62,12 @@ def test_more_epochs_go_on_and_fewer_do_not(tmp_path):
     folder.open(RUN | {"epochs": 4}, "more")
     folder.drop_model()
     assert not [path for path in folder.path.iterdir() if MODEL in path.name]
+
+
+def test_a_setting_that_an_earlier_version_lacked_is_off_there(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.open(RUN, "recipe")
+    (folder / MODEL).mkdir()
+    folder.open(RUN | {"new": 0.0, "newer": ""}, "recipe")
+    with pytest.raises(RunError, match="new: None there, 0.5 now"):
+        folder.open(RUN | {"new": 0.5}, "recipe")

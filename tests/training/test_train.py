@@ -82,8 +82,9 @@ def rows(path: Path) -> list[dict]:
         return [{k: v for k, v in row.items() if k != "clips_per_second"} for row in csv.DictReader(file)]
 
 
-# Everything random at once: drop path, dropout, mixup, random erasing, RandAugment, averaged weights.
-RANDOM = ("drop_path=0.3", "drop=0.2", "mixup=0.8", "cutmix=1.0", "erasing=0.5", "rand_augment=rand-m9-mstd0.5-inc1")
+# Everything random at once: drop path, dropout, mixup, stills, random erasing, RandAugment, averaged weights.
+RANDOM = ("drop_path=0.3", "drop=0.2", "mixup=0.8", "cutmix=1.0", "still=0.5", "erasing=0.5")
+RANDOM += ("rand_augment=rand-m9-mstd0.5-inc1",)
 ALL = (*RANDOM, "balance=0.5", "ema=0.9", "accumulate=2", "precision=bf16", "layer_decay=0.8")
 
 

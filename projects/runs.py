@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from etmamba_timm.training.evaluate import Scores
-from etmamba_timm.training.run_folder import MODEL
+from etmamba_timm.training.run_folder import MODEL, RUN_FILE
 
 
 def etmamba(*arguments: object, log: Path | None = None, threads: int | None = None) -> None:
@@ -39,13 +40,18 @@ def tested(model: str, data: Path, file: Path, **options: object) -> Scores:
 
     Args:
         model: a name that `etmamba eval` takes.
-        data: the rendered dataset.
+        data: the dataset.
         file: where they are kept.
         options: as of `etmamba`.
     """
     if not file.exists():
         etmamba("eval", "--model", model, "--data", data, "--subset", "test", "--scores", file, **options)
     return Scores.load(file)
+
+
+def about(run: Path) -> dict:
+    """What identifies a run: the recipe's settings, the number of `processes` (`batch_size` clips each), and more."""
+    return json.loads((run / RUN_FILE).read_text())
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
@@ -69,6 +75,11 @@ class Run:
         return self.folder / MODEL / "model.safetensors"
 
     @property
+    def model(self) -> str:
+        """The name that `etmamba eval` and others take."""
+        return f"local-dir:{self.folder / MODEL}"
+
+    @property
     def options(self) -> dict:
         """One thread, and what is printed goes to `<folder>.log`."""
         return {"threads": 1, "log": self.folder.with_name(self.folder.name + ".log")}
@@ -82,8 +93,7 @@ class Run:
 
     def test(self) -> Scores:
         """Scores on the test videos."""
-        model = f"local-dir:{self.folder / MODEL}"
-        return tested(model, self.data, self.folder / "test.safetensors", **self.options)
+        return tested(self.model, self.data, self.folder / "test.safetensors", **self.options)
 
     def log(self, name: str) -> list[dict[str, float]]:
         """Rows of train.csv or val.csv."""

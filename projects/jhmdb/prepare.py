@@ -25,7 +25,7 @@ SIDE = 132  # pixels
 OPTIONS = {"crf": "20", "g": "12", "threads": "1"}
 
 
-def shrink(source: Path, out: Path, side: int = SIDE) -> None:
+def shrink(source: Path, out: Path, side: int) -> None:
     """Writes a video as H.264 in mp4 with this short side, or its own if that is less; both sides become even."""
     reader = open_video(source)
     info = reader.info
@@ -40,22 +40,22 @@ def shrink(source: Path, out: Path, side: int = SIDE) -> None:
         output.mux(stream.encode())
 
 
-def prepare(clips: Path, out: Path) -> None:
-    """Shrinks all clips that the lists name.
+def prepare(clips: Path, out: Path, splits: Path = SPLITS, side: int = SIDE) -> None:
+    """Shrinks all clips that the lists in `splits` name, to this short side in pixels.
 
     Raises:
         ValueError: some aren't below `clips`.
     """
     there = {path.stem: path for path in clips.rglob("*") if path.suffix.lower() in SUFFIXES}
-    wanted = read_clips()
+    wanted = read_clips(splits)
     if missing := [clip.name for clip in wanted if clip.name not in there]:
         raise ValueError(f"{len(missing)} of {len(wanted)} clips aren't below {clips}, such as {missing[0]}")
-    shutil.copytree(SPLITS, out / SPLITS.name, dirs_exist_ok=True)
+    shutil.copytree(splits, out / SPLITS.name, dirs_exist_ok=True)
     for clip in tqdm(wanted, unit="clip"):
         target = out / clip.label / f"{clip.name}.mp4"
         target.parent.mkdir(exist_ok=True)
         if not target.exists():
-            shrink(there[clip.name], target)
+            shrink(there[clip.name], target, side)
 
 
 def main() -> None:

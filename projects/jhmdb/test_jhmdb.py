@@ -27,7 +27,7 @@ TINY = ["num_frames=2", "size=32", "batch_size=4", "precision=no", "model_args={
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Clips in HMDB-51's layout: of each class, sources 0 to 3 in training; for test source 4, and a source of 'up'."""
+    """In HMDB-51's layout, four clips of each class for training and two for the test; but of 'up' five and one."""
     root = tmp_path_factory.mktemp("hmdb51")
     write_shapes(root, 6, seed=0)
     (root / "splits").mkdir()
@@ -196,11 +196,8 @@ def test_ingredients_change_the_plain_recipe(name):
     assert (changed == plain) == (name == "plain")
 
 
-def test_prepared_clips_have_the_same_frames_and_a_short_side(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "SPLITS", data / "splits")
-    monkeypatch.setattr(prepare, "read_clips", lambda: read_clips(data / "splits"))
-    monkeypatch.setattr(prepare.shrink, "__defaults__", (16,))
-    prepare.prepare(data, tmp_path)
+def test_prepared_clips_have_the_same_frames_and_a_short_side(data, tmp_path):
+    prepare.prepare(data, tmp_path, data / "splits", side=16)
     for part in ("train", "test"):
         made = read_dataset("hmdb51", tmp_path, part)
         assert not made.missing
@@ -210,8 +207,8 @@ def test_prepared_clips_have_the_same_frames_and_a_short_side(data, tmp_path, mo
             new_frames, old_frames = (open_video(p).read(range(old.num_frames)).float() for p in (path, source))
             small = nn.functional.avg_pool2d(old_frames.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
             assert (new_frames - small).abs().mean() < 12  # of 255
-    with pytest.raises(ValueError, match="23 of 23 clips aren't below"):
-        prepare.prepare(tmp_path / "splits", tmp_path / "other")
+    with pytest.raises(ValueError, match="24 of 24 clips aren't below"):
+        prepare.prepare(tmp_path / "splits", tmp_path / "other", data / "splits")
 
 
 @pytest.fixture

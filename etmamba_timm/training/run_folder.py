@@ -12,6 +12,8 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
+from ..words import number_of
+
 _logger = logging.getLogger(__name__)
 
 RUN_FILE, RECIPE_FILE = "run.json", "recipe.yaml"
@@ -66,7 +68,8 @@ class RunFolder:
             if not differing:
                 return
             if started and differing == ["epochs"] and run["epochs"] > known["epochs"]:
-                _logger.info("%s goes on, for %d epochs instead of %d", self.path, run["epochs"], known["epochs"])
+                epochs = number_of(run["epochs"], "epoch")
+                _logger.info("%s goes on, for %s instead of %d", self.path, epochs, known["epochs"])
                 (self / SCORES).unlink(missing_ok=True)
             elif started:
                 changes = "; ".join(
@@ -137,6 +140,15 @@ class RunFolder:
         draft = self / f".{to}"
         shutil.copyfile(self / name, draft)
         os.replace(draft, self / to)
+
+
+def training_videos(run: str | Path, root: Path) -> set[Path]:
+    """The videos below `root` that a run was trained on, if it had split one folder; none if it hadn't."""
+    file = Path(run, SPLIT, "train.csv")
+    if not file.is_file():
+        return set()
+    with file.open(newline="", encoding="utf-8") as text:
+        return {root / row["video"] for row in csv.DictReader(text)}
 
 
 class Log:

@@ -174,7 +174,7 @@ def test_a_full_disk_loses_nothing(done, recipe, data, tmp_path):
     full = ["sh", "-c", 'ulimit -f 128 && exec "$@"', "sh", *command]  # 128 blocks of 512 bytes
     stopped = subprocess.run(full, capture_output=True, text=True, timeout=200)
     assert stopped.returncode == 2
-    assert f"the state after 2 updates can't be saved in {run}" in stopped.stderr
+    assert f"the state after update 2 can't be saved in {run}" in stopped.stderr
     assert "Traceback" not in stopped.stderr
     assert not list(run.glob("state-*"))
     again = subprocess.run(command, capture_output=True, text=True, timeout=200)

@@ -274,7 +274,7 @@ def _create(name: str, **kwargs: Any) -> EtMamba:
     elif kind == "local-dir" and read_config(where) is None:
         inner = Path(where, "model")  # of a run
         remedy = f"name {inner}" if (inner / CONFIG_FILE).exists() else "name a folder that `etmamba convert` made"
-        raise FileNotFoundError(f"{where} contains no {CONFIG_FILE}; {remedy}")
+        raise FileNotFoundError(f"{where} contains no config.json; {remedy}")
     model = timm.create_model(name, **kwargs)
     assert isinstance(model, EtMamba)  # config.json and the name were checked
     return model

@@ -16,7 +16,6 @@ NEVER_ONE = {  # texts whose number is never 1 where they are used, or that only
     "… clips of each video",
     "the gradients of … updates in a row",
     "looks like … labels",
-    "is over … views of each video",
     "kernels take up to … channels",
     "… frames …",
     "×… patches",

@@ -177,8 +177,8 @@ def _datasets(args: argparse.Namespace, settings: dict) -> "tuple[Annotations, A
             return *read_split(run / SPLIT, args.data, videos.classes), None
         except AnnotationError as error:
             raise RunError(
-                f"{run.path} contains a run on other videos than those in {args.data}: choose another folder for the "
-                f"new run (-o), or give the folder of its videos (--data). {error}"
+                f"{run.path} contains a run on other videos ({error}); choose another folder for the new run (-o), or "
+                "give the folder of this one's videos (--data)"
             ) from error
     return *split_videos(videos, settings.get("seed", 0), SOURCES.get(layout)), run / SPLIT
 

@@ -20,6 +20,7 @@ RUN_FILE, RECIPE_FILE = "run.json", "recipe.yaml"
 TRAIN_LOG, VAL_LOG = "train.csv", "val.csv"
 LAST_WEIGHTS, BEST_WEIGHTS = "last.safetensors", "best.safetensors"
 SPLIT = "split"
+VIDEOS = {"classes", "videos", "val_videos"}  # what run.json says of them
 MODEL, SCORES, TENSORBOARD = "model", "scores.safetensors", "tensorboard"
 
 
@@ -75,7 +76,8 @@ class RunFolder:
                 changes = "; ".join(
                     f"{key}: {known.get(key)!r:.80} there, {run.get(key)!r:.80} now" for key in differing
                 )
-                raise RunError(f"{self.path} contains a run with other settings ({changes}); choose another folder")
+                what = "with other settings" if set(differing) - VIDEOS else "on other videos"
+                raise RunError(f"{self.path} contains a run {what} ({changes}); choose another folder for the new run")
         self.check()
         self.path.mkdir(parents=True, exist_ok=True)
         _write(self / RECIPE_FILE, recipe)

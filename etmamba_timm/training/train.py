@@ -36,6 +36,7 @@ from ..checkpoints.save import save_checkpoint
 from ..data import Annotations
 from ..data.dataset import seeded
 from ..models import EtMamba
+from ..words import number_of
 from .card import run_card
 from .distill import Distillation, named_as
 from .evaluate import Scores, evaluate
@@ -384,9 +385,9 @@ class _Training:
         self.run.drop_model()
         scores.save(self.run / SCORES)
         processes, best_epoch = self.accelerator.num_processes, self.progress.best_epoch
-        views = self.recipe.num_clips * self.recipe.num_crops
+        views = number_of(self.recipe.num_clips * self.recipe.num_crops, "view")
         _logger.info(
-            "the model is that of epoch %d; its final accuracy is over %d views of each video", best_epoch + 1, views
+            "the model is that of epoch %d; its final accuracy is over %s of each video", best_epoch + 1, views
         )
         videos = len(self.data) // self.recipe.repeat
         card = run_card(self.recipe, processes, best_epoch, videos, scores.metrics())

@@ -163,7 +163,7 @@ def test_a_header_that_only_the_label_tells(tmp_path, caplog):
     assert "line 1 ('video class') is taken for a header" in caplog.text
     caplog.clear()
     assert len(listed(root, "7 run\n" + rows)) == 4
-    assert "1 of 5 videos are missing" in caplog.text
+    assert "1 of 5 videos missing" in caplog.text
     assert "taken for a header" not in caplog.text
 
 

@@ -75,9 +75,9 @@ class TrainClips(Dataset):
 
 
 class Warned:
-    """One warning about each file, however often and in how many worker processes it is read.
+    """One warning about each file, however often and in how many worker processes it is read; one more if it fails.
 
-    Which files were warned of is marked in memory that the workers share.
+    What was said of which file is marked in memory that the workers share.
 
     Args:
         files: the files that may be warned of.
@@ -87,17 +87,17 @@ class Warned:
         self._marks = torch.zeros(len(files), dtype=torch.uint8).share_memory_()
         self._number = {str(file): number for number, file in enumerate(files)}
 
-    def __call__(self, file: VideoFile, message: str) -> None:
-        """Logs the message, unless the file was warned of before."""
+    def __call__(self, file: VideoFile, message: str, level: int = 1) -> None:
+        """Logs the message, unless the file was warned of before, at this level or a higher one."""
         number = self._number.get(str(file))
-        if number is None or not self._marks[number]:
+        if number is None or self._marks[number] < level:
             _logger.warning("%s", message)
         if number is not None:
-            self._marks[number] = 1
+            self._marks[number] = max(level, int(self._marks[number]))
 
     def failed(self, file: VideoFile, error: VideoError) -> None:
         """Warns of a file that can't be decoded."""
-        self(file, f"left out: {error}")
+        self(file, f"left out: {error}", 2)
 
 
 @dataclass(frozen=True)

@@ -235,7 +235,9 @@ class TestLoadModel:
             load_model("etmamba_ti", tmp_path / "weights.safetensors")
 
     def test_unknown_model(self):
-        with pytest.raises(ValueError, match="unknown model 'etmamba_x'; choose one of videomamba_ti,"):
+        with pytest.raises(
+            ValueError, match=r"unknown model 'etmamba_x' \(did you mean etmamba_s\?\); choose one of videomamba_ti,"
+        ):
             load_model("etmamba_x")
 
     def test_a_model_of_timms_own(self, tmp_path):

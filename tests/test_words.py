@@ -24,13 +24,10 @@ NEVER_ONE = {  # texts whose number is never 1 where they are used, or that only
 
 
 def test_number_of():
-    words = ("file", "class", "patch")
-    assert [number_of(1, word) for word in words] == ["1 file", "1 class", "1 patch"]
-    assert [number_of(n, word) for n, word in zip((2, 0, 5), words, strict=True)] == [
-        "2 files",
-        "0 classes",
-        "5 patches",
-    ]
+    words = ("file", "class", "patch", "epoch")
+    assert [number_of(1, word) for word in words] == ["1 file", "1 class", "1 patch", "1 epoch"]
+    assert [number_of(2, word) for word in words] == ["2 files", "2 classes", "2 patches", "2 epochs"]
+    assert number_of(0, "file") == "0 files"
 
 
 def test_no_message_counts_past_number_of():

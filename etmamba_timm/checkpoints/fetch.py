@@ -129,7 +129,7 @@ def find_pretrained(
     if checkpoint is not None and not is_warm_start:
         names = overlay.get("label_names") or _label_names(checkpoint, entry, config)
         if not names and checkpoint.num_classes == len(stated.get("label_names") or ()):
-            names = stated["label_names"]  # weights of their own, and the names of the model's folder
+            names = stated.get("label_names")  # weights of their own, and the names of the model's folder
         overlay["num_classes"] = checkpoint.num_classes
     classes = given.get("num_classes", overlay.get("num_classes", source["num_classes"]))
     overlay["label_names"] = tuple(names) if names and len(names) == classes else None  # a fresh classifier has none

@@ -133,9 +133,7 @@ class VideoReader:
         missed = self._read_from_keyframes(rows, pictures)
         lost = self._read_from_start(missed, rows, pictures) if missed else 0
         if lost:
-            self._warn(
-                f"{lost} of {number_of(len(wanted), 'wanted frame')} cannot be decoded; the nearest ones stand in"
-            )
+            self._warn(f"{lost} of {len(wanted)} wanted frames cannot be decoded; the nearest ones stand in")
         result = torch.from_numpy(pictures)
         return result if indices == wanted else result[[rows[i] for i in indices]]
 
@@ -152,9 +150,7 @@ class VideoReader:
             lost += not is_own
             yield torch.from_numpy(np.ascontiguousarray(self._picture(frame)))
         if lost:
-            self._warn(
-                f"{lost} of {number_of(len(wanted), 'wanted frame')} cannot be decoded; the nearest ones stand in"
-            )
+            self._warn(f"{lost} of {len(wanted)} wanted frames cannot be decoded; the nearest ones stand in")
 
     def times(self) -> list[float]:
         """The time of each frame in seconds after the first, ascending.

@@ -384,7 +384,7 @@ def test_messages_name_this_commands_options(message, shown):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["predict", "--modle", "x"], "usage: etmamba predict .*arguments: --modle; did you mean --model?"),
+        (["predict", "--modle", "x"], "usage: etmamba predict .*arguments: --modle .did you mean --model?."),
         (["analyze", "tsne", "--model=a", "--data=b", "-o=c", "--dta", "x"], "did you mean --data?"),
         (["--nothing"], "usage: etmamba .*unrecognized arguments: --nothing$"),
     ],

@@ -204,7 +204,7 @@ def test_labels_from_one_are_told(root, caplog):
     read = listed(root, "v/0.mp4 1\nv/1.mp4 2\nv/2.mp4 3\n")
     assert [label for _, label in read] == ["1", "2", "3"]
     assert "the labels are 1 to 3, but classes count from 0: the model gets 4 classes" in caplog.text
-    assert "subtract 1 from the labels for 3 classes" in caplog.text
+    assert "subtract 1 from the labels for 3" in caplog.text
     caplog.clear()
     listed(root, "v/0.mp4 0\nv/1.mp4 5\n")
     assert "4 of the 6 numbered classes, 0 to 5, have no videos" in caplog.text
@@ -243,7 +243,7 @@ def test_the_same_video_with_other_labels_is_told(root, caplog):
         ("v/0.mp4,\x00\0\nv/9\0.mp4,a\nv/8.mp4,b\n", "."),
         ('""\n', "line 1: .* has no label"),
         ("# nothing\n", "lists no videos"),
-        ("video,label\n", "lists 1 videos, 1 of which aren't there"),
+        ("video,label\n", "lists 1 video, 1 of which aren't there"),
     ],
 )
 def test_what_cannot_be_read_is_told_by_line(root, text, message):

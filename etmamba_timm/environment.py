@@ -71,7 +71,7 @@ def _torch() -> Iterator[tuple[str, str]]:
 
 def _processor() -> str:
     """Name, number of cores, and the features that kernels depend on, as Linux tells them."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     name, features = platform.processor() or platform.machine(), ""
     try:
         text = Path("/proc/cpuinfo").read_text(errors="replace")

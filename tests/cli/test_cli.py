@@ -170,10 +170,10 @@ def test_features_are_kept_when_interrupted(trained, folder, monkeypatch, capsys
     import etmamba_timm.data.dataset
 
     class Interrupted(etmamba_timm.data.VideoReader):
-        def __init__(self, path):
+        def __init__(self, path, warn):
             if path.name == "other.webm":
                 raise KeyboardInterrupt
-            super().__init__(path)
+            super().__init__(path, warn)
 
     monkeypatch.setattr(etmamba_timm.data.dataset, "open_video", Interrupted)
     assert (

@@ -1,4 +1,8 @@
-"""What setup.cfg can't say: how an editable installation finds the package."""
+"""What setup.cfg can't say: how an editable installation finds the package, and the README as PyPI shows it."""
+
+import re
+from configparser import ConfigParser
+from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.editable_wheel import editable_wheel
@@ -18,4 +22,14 @@ class EditableWheel(editable_wheel):
         super().finalize_options()
 
 
-setup(cmdclass={"editable_wheel": EditableWheel})
+def long_description() -> str:
+    """The README with links to the repository's pages and pictures, as PyPI doesn't have the files beside it."""
+    here, config = Path(__file__).parent, ConfigParser()
+    config.read(here / "setup.cfg", encoding="utf-8")
+    url = config["metadata"]["url"]
+    text = (here / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"(!\[[^]]*\]\()(?!https?:)", rf"\g<1>{url}/raw/main/", text)
+    return re.sub(r"\]\((?!https?:|#)", f"]({url}/blob/main/", text)
+
+
+setup(cmdclass={"editable_wheel": EditableWheel}, long_description=long_description())

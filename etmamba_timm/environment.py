@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from .version import __version__
+from .words import number_of
 
 # Prefixes of variables, and of the processor's features, that change what we or PyTorch do.
 VARIABLES = ("ETMAMBA", "OMP_", "MKL_", "MALLOC_", "CUDA_", "PYTORCH", "TORCH", "NVIDIA_", "HF_", "ACCELERATE_", "CXX")
@@ -47,7 +48,10 @@ def _torch() -> Iterator[tuple[str, str]]:
     except Exception as error:  # a broken installation, of whatever kind, is to be reported too
         yield "torch", f"can't be imported: {type(error).__name__}: {error}"
         return
-    yield "torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'no'}, {torch.get_num_threads()} threads"
+    yield (
+        "torch",
+        f"{torch.__version__}, CUDA {torch.version.cuda or 'no'}, {number_of(torch.get_num_threads(), 'thread')}",
+    )
     for i in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(i)
         memory = device.total_memory / 2**30
@@ -60,24 +64,24 @@ def _torch() -> Iterator[tuple[str, str]]:
     yield "C++ compiler", f"{compiler}, {_first_line(*compiler.split(), '--version')}"
     try:
         folder = cache_dir()
-        yield "kernels' cache", f"{folder}, {len(list(folder.glob('*.*')))} files"
+        yield "kernels' cache", f"{folder}, {number_of(len(list(folder.glob('*.*'))), 'file')}"
     except (RuntimeError, OSError) as error:
         yield "kernels' cache", str(error)
 
 
 def _processor() -> str:
     """Name, number of cores, and the features that kernels depend on, as Linux tells them."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     name, features = platform.processor() or platform.machine(), ""
     try:
         text = Path("/proc/cpuinfo").read_text(errors="replace")
     except OSError:
-        return f"{name}, {usable} cores"
+        return f"{name}, {number_of(usable, 'core')}"
     if found := re.search(r"^model name\s*: (.*)", text, re.MULTILINE):
         name = found[1]
     if found := re.search(r"^(?:flags|Features)\s*: (.*)", text, re.MULTILINE):
         features = ": " + " ".join(flag for flag in found[1].split() if flag.startswith(FEATURES))
-    return f"{name}, {usable} cores{features}"
+    return f"{name}, {number_of(usable, 'core')}{features}"
 
 
 def _packages() -> str:

@@ -36,6 +36,7 @@ from .checkpoints.save import KEPT_IN_FLOAT32
 from .clip import Clip
 from .data import EvalTransform, fixed_clips, open_video
 from .models import EtMamba
+from .words import number_of
 
 _RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers, by which transformers names them
 
@@ -147,8 +148,8 @@ class EtMambaForVideoClassification(PreTrainedModel):
         if len(shape) not in (5, 6) or shape[-3] != channels:
             raise ValueError(
                 f"pixel_values are {shape}; give clips [B, T, C, H, W] or views of videos [B, V, T, C, H, W] with "
-                f"{channels} channels, as AutoVideoProcessor makes them (a pipeline needs it beside the model: "
-                "processor.save_pretrained writes it)"
+                f"{number_of(channels, 'channel')}, as AutoVideoProcessor makes them (a pipeline needs it beside the "
+                "model: processor.save_pretrained writes it)"
             )
         clips = pixel_values.to(self.device, self.dtype).flatten(0, -5)  # [B · V, T, C, H, W]
         logits = self.timm_model(clips.transpose(1, 2))
@@ -170,7 +171,7 @@ class EtMambaForVideoClassification(PreTrainedModel):
         wrong = {key for key in fresh if not key.startswith("timm_model.head.")} | info["unexpected_keys"]
         if wrong:
             raise ValueError(
-                f"{len(wrong)} weights, such as {min(wrong)}, are missing, too many, or of another shape than "
+                f"weights such as {min(wrong)} ({len(wrong)} in all) are missing, too many, or of another shape than "
                 "config.json says. For other frames or another size, make another folder: timm.create_model("
                 '"local-dir:FOLDER", pretrained=True, num_frames=..., img_size=...), and save_checkpoint'
             )

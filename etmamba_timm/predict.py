@@ -6,6 +6,7 @@ print(top_classes(model, scores))
 """
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +23,8 @@ from .checkpoints.manifest import unknown_tag
 from .checkpoints.read import architecture_of
 from .data import EvalTransform, Views
 from .models import VARIANTS, EtMamba
-from .views import mean_over_views
+from .views import check_is_model, mean_over_views
+from .words import did_you_mean
 
 _logger = logging.getLogger(__name__)
 
@@ -118,6 +120,7 @@ def predict(
 
     Raises:
         VideoError: the file is missing, isn't a video, or can't be decoded.
+        TypeError: something else in place of the model or the path.
         ValueError: a model without classes or in training mode, an invalid number of clips or crops, or scores that
             aren't finite.
     """
@@ -193,6 +196,7 @@ def top_classes(model: EtMamba, scores: Tensor, k: int = 5) -> list[dict]:
 
     Returns: dictionaries {"label", "index", "score"}; labels are by `class_names`.
     """
+    check_is_model(model)
     labels = class_names(model, len(scores))
     best = scores.topk(min(k, len(scores)))
     return [
@@ -208,7 +212,8 @@ def class_names(model: EtMamba, num_classes: int) -> list[str]:
 
 
 def check_model(model: nn.Module, need_classes: bool) -> None:
-    """Raises ValueError if a model of this package is in training mode, doesn't pool its tokens, or has no classes."""
+    """Raises ValueError if a model is in training mode, doesn't pool or has no classes; TypeError if it is none."""
+    check_is_model(model)
     if model.training:
         raise ValueError("the model is in training mode; call model.eval()")
     if not model.global_pool:
@@ -219,6 +224,12 @@ def check_model(model: nn.Module, need_classes: bool) -> None:
 
 def _views(model: EtMamba, paths: Sequence[str | Path], num_clips: int, num_crops: int) -> Views:
     check_model(model, need_classes=False)
+    if isinstance(paths, str | os.PathLike):
+        raise TypeError(f"paths is {str(paths)!r}; give a list of videos, or call predict or extract_features for one")
+    if wrong := [path for path in paths if not isinstance(path, str | os.PathLike)]:
+        raise TypeError(
+            f"a video is {wrong[0]!r:.80}; give its path (predict_files and features_of_files take several)"
+        )
     transform = EvalTransform.from_model(model, size=model.img_size)
     return Views([Path(path) for path in paths], transform, model.clip, num_clips, num_crops)
 
@@ -248,7 +259,8 @@ def _check_name(name: str) -> None:
         raise ValueError(f"{name!r} is a folder; as a model it is local-dir:{name}")
     if variant not in VARIANTS:
         raise ValueError(
-            f"unknown model {name!r}; choose one of {', '.join(VARIANTS)}, hf-hub:ORG/NAME, local-dir:FOLDER"
+            f"unknown model {name!r}{did_you_mean([variant], VARIANTS)}; choose one of "
+            f"{', '.join(VARIANTS)}, hf-hub:ORG/NAME, local-dir:FOLDER"
         )
     if dot and find_checkpoint(name) is None:
         raise ValueError(unknown_tag(variant, tag))
@@ -262,7 +274,7 @@ def _create(name: str, **kwargs: Any) -> EtMamba:
     elif kind == "local-dir" and read_config(where) is None:
         inner = Path(where, "model")  # of a run
         remedy = f"name {inner}" if (inner / CONFIG_FILE).exists() else "name a folder that `etmamba convert` made"
-        raise FileNotFoundError(f"{where} contains no {CONFIG_FILE}; {remedy}")
+        raise FileNotFoundError(f"{where} contains no config.json; {remedy}")
     model = timm.create_model(name, **kwargs)
     assert isinstance(model, EtMamba)  # config.json and the name were checked
     return model

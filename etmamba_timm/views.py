@@ -14,6 +14,12 @@ from torch import Tensor, nn
 from .data import Views, read_ahead
 
 
+def check_is_model(model: object) -> None:
+    """Raises TypeError for another first argument than a model, such as a video."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the first argument is {model!r:.80}; give the model first, and then what it is run on")
+
+
 def mean_over_views(
     model: nn.Module,
     function: Callable[[Tensor], Tensor],

@@ -9,8 +9,19 @@ from safetensors.torch import save_file
 from videos import write_video
 
 from etmamba_timm.clip import Clip
-from etmamba_timm.data import EvalTransform, VideoError, read_frames, sample_clips
-from etmamba_timm.predict import UntrainedError, extract_features, load_model, predict, top_classes
+from etmamba_timm.data import Annotations, EvalClips, EvalTransform, VideoError, read_frames, sample_clips
+from etmamba_timm.export import export_model
+from etmamba_timm.predict import (
+    UntrainedError,
+    extract_features,
+    features_of_files,
+    load_model,
+    predict,
+    predict_files,
+    top_classes,
+)
+from etmamba_timm.seeing.timeline import timeline
+from etmamba_timm.training.evaluate import evaluate
 
 SMALL = {"img_size": 32, "num_frames": 4, "embed_dim": 16, "depth": 2, "num_classes": 6}
 
@@ -70,6 +81,31 @@ def test_model_without_classes(model, video):
     with pytest.raises(ValueError, match="no classes to predict; use extract_features"):
         predict(model, video)
     assert extract_features(model, video).shape == (16,)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        predict,
+        extract_features,
+        timeline,
+        lambda video, model: predict_files([video], model),
+        lambda video, model: features_of_files([video], model),
+        lambda video, model: top_classes(torch.zeros(6), model),
+        lambda video, model: evaluate(EvalClips(Annotations([], [], []), None, Clip(4, 2)), model),
+        lambda video, model: export_model(video, model),
+    ],
+)
+def test_swapped_arguments(model, video, call):
+    with pytest.raises(TypeError, match="model first|expected str"):
+        call(video, model)
+
+
+def test_one_path_for_several_and_several_for_one(model, video):
+    with pytest.raises(TypeError, match="paths is .*clip.mp4'; give a list of videos"):
+        predict_files(model, str(video))
+    with pytest.raises(TypeError, match="predict_files and features_of_files take several"):
+        extract_features(model, [video])
 
 
 def test_training_mode_or_no_pooling_is_refused(model, video):
@@ -199,7 +235,9 @@ class TestLoadModel:
             load_model("etmamba_ti", tmp_path / "weights.safetensors")
 
     def test_unknown_model(self):
-        with pytest.raises(ValueError, match="unknown model 'etmamba_x'; choose one of videomamba_ti,"):
+        with pytest.raises(
+            ValueError, match=r"unknown model 'etmamba_x' \(did you mean etmamba_s\?\); choose one of videomamba_ti,"
+        ):
             load_model("etmamba_x")
 
     def test_a_model_of_timms_own(self, tmp_path):

@@ -130,6 +130,26 @@ def run(code: str, folder: Path) -> str:
     return done.stdout.strip()
 
 
+def test_the_readmes_links_and_pictures_work_on_pypi(tmp_path):
+    """There, no file lies beside it: each link is an address, and names a file of this repository."""
+    for name in ("setup.py", "setup.cfg", "pyproject.toml", "etmamba_command.py", "README.md", "LICENSE"):
+        shutil.copy(REPO / name, tmp_path)
+    for name in ("etmamba_timm", "weights"):
+        shutil.copytree(REPO / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
+    code = "from setuptools import build_meta; build_meta.prepare_metadata_for_build_wheel('.')"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    text = next(tmp_path.glob("*.dist-info/METADATA")).read_text("utf-8")
+    assert "\nDescription-Content-Type: text/markdown" in text
+    url = SETUP["metadata"]["url"]
+    links = re.findall(r"(!?)\[[^]]*\]\(([^)]+)\)", text)
+    ours = [(picture, link.removeprefix(url)) for picture, link in links if link.startswith(url + "/")]
+    assert len(ours) > 15
+    assert all(link.startswith("http") for _, link in links)
+    for picture, link in ours:
+        assert link.startswith("/raw/main/" if picture else "/blob/main/")
+        assert (REPO / link.split("/main/")[1]).exists()
+
+
 def test_an_editable_installation_works_in_the_parent_folder(tmp_path):
     """There, Python finds the clone before the package, and both have one name."""
     clone, installed = tmp_path / "etmamba_timm", tmp_path / "site"

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from ..clip import Clip
+from ..words import number_of
 
 # Licences that the Hub has a name for.
 KNOWN_LICENCES = {"Apache-2.0": "apache-2.0", "MIT": "mit", "CC-BY-4.0": "cc-by-4.0", "CC-BY-NC-4.0": "cc-by-nc-4.0"}
@@ -27,7 +28,7 @@ def model_card(title: str, config: Mapping, params: int, dtype: str, model_id: s
     rows = {
         "Architecture": f"`{config['architecture']}` of etmamba_timm",
         "Parameters": f"{params:,}; stored in {dtype}",
-        "Clip": f"{clip.num_frames} frames of {height}×{width}, {clip.spacing}",
+        "Clip": f"{number_of(clip.num_frames, 'frame')} of {height}×{width}, {clip.spacing}",
         "Classes": config.get("num_classes", cfg.get("num_classes")) or NO_CLASSES,
         "Source": card.get("source"),
         "Licence": licence or "not stated",

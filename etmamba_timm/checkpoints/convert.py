@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ..clip import Stride
 from ..models import EtMamba
+from ..words import number_of
 from .card import model_card
 from .errors import CheckpointError
 from .manifest import Checkpoint, find_checkpoint
 from .read import POSITIONS, TIMES, LoadedCheckpoint, read_checkpoint
-from .save import save_checkpoint
+from .save import check_new_folder, save_checkpoint
 
 
 @dataclass
@@ -81,11 +82,12 @@ def convert_checkpoint(
         FileNotFoundError, FileExistsError: no file; a folder that isn't empty.
         ValueError: another number of label names than classes.
     """
+    check_new_folder(folder)
     entry = _entry(tag)
     checkpoint = read_checkpoint(source)
     if entry and (entry.architecture, entry.num_classes) != (checkpoint.variant, checkpoint.num_classes):
         raise CheckpointError(
-            f"{source} is {checkpoint.variant} with {checkpoint.num_classes} classes; {entry.name} is "
+            f"{source} is {checkpoint.variant} with {number_of(checkpoint.num_classes, 'class')}; {entry.name} is "
             f"{entry.architecture} with {entry.num_classes}: name another tag, or none"
         )
     model = timm.create_model(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..clip import Stride
 from ..models import VARIANTS, EtMamba
+from ..words import number_of
 from .config import CONFIG_FILE, WEIGHTS_FILE, HubConfig, read_config
 from .errors import CheckpointError, DownloadError, first_line
 from .fit import arguments_for, fit
@@ -127,6 +128,8 @@ def find_pretrained(
     names = source.get("label_names")
     if checkpoint is not None and not is_warm_start:
         names = overlay.get("label_names") or _label_names(checkpoint, entry, config)
+        if not names and checkpoint.num_classes == len(stated.get("label_names") or ()):
+            names = stated.get("label_names")  # weights of their own, and the names of the model's folder
         overlay["num_classes"] = checkpoint.num_classes
     classes = given.get("num_classes", overlay.get("num_classes", source["num_classes"]))
     overlay["label_names"] = tuple(names) if names and len(names) == classes else None  # a fresh classifier has none
@@ -256,15 +259,14 @@ def _check_promise(checkpoint: LoadedCheckpoint, entry: Checkpoint | None) -> No
     if entry is None:
         return
     patches = (entry.img_size // checkpoint.architecture["patch_size"]) ** 2
-    for what, there, promised in (
-        ("positions of {} patches", checkpoint.positions, patches),
-        ("positions of {} frames", checkpoint.clip.num_frames, entry.num_frames),
-        ("{} classes", checkpoint.num_classes, entry.num_classes if entry.is_classifier else checkpoint.num_classes),
+    for of, what, there, promised in (
+        ("positions of ", "patch", checkpoint.positions, patches),
+        ("positions of ", "frame", checkpoint.clip.num_frames, entry.num_frames),
+        ("", "class", checkpoint.num_classes, entry.num_classes if entry.is_classifier else checkpoint.num_classes),
     ):
         if there != promised:
-            _logger.warning(
-                "%s has %s, not %s as %s promises", checkpoint.source, what.format(there), promised, entry.name
-            )
+            has = of + number_of(there, what)
+            _logger.warning("%s has %s, not %s as %s promises", checkpoint.source, has, promised, entry.name)
 
 
 def registered_cfgs(base_cfg: dict, names: tuple[str, ...]) -> dict[str, dict]:

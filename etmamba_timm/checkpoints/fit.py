@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..layers import fold_weights, resample_spatial, resample_temporal
 from ..models import VARIANTS, EtMamba
+from ..words import number_of
 from .errors import CheckpointError
 from .read import POSITIONS, TIMES, LoadedCheckpoint, architecture_of, nearest_variant, variant_of
 from .remap import PATCH
@@ -79,7 +80,9 @@ def fit(checkpoint: LoadedCheckpoint, model: EtMamba) -> dict[str, Tensor]:
         stem = {k: out.pop(k) for k in list(out) if k.startswith("stem.")}
         fresh = {k: v for k, v in own.items() if k.startswith("stem.")}
         if fresh and not stem:
-            _logger.warning("the stem is fresh: the checkpoint has none, for its %d channel(s)", source_chans)
+            _logger.warning(
+                "the stem is fresh: the checkpoint has none, for its %s", number_of(source_chans, "channel")
+            )
         out |= {k: adapt_stem(stem[k], model.in_chans) if k in stem else v for k, v in fresh.items()}
     out[POSITIONS] = resample_spatial(out[POSITIONS], _grid(checkpoint, model.grid_size), model.grid_size)
     out[TIMES] = resample_temporal(out[TIMES], model.num_frames) if TIMES in out else own[TIMES]
@@ -88,8 +91,8 @@ def fit(checkpoint: LoadedCheckpoint, model: EtMamba) -> dict[str, Tensor]:
         out |= {k: v for k, v in own.items() if k.startswith("head.")}
         if model.num_classes:
             _logger.warning(
-                "the classifier is fresh: the checkpoint has %d classes, the model %d",
-                *(checkpoint.num_classes, model.num_classes),
+                "the classifier is fresh: the checkpoint has %s, the model %d",
+                *(number_of(checkpoint.num_classes, "class"), model.num_classes),
             )
     return {key: out[key] for key in own}
 
@@ -153,7 +156,7 @@ def _grid(checkpoint: LoadedCheckpoint, own: tuple[int, int] | None) -> tuple[in
     is_square = side * side == positions
     if own is not None and own[0] * own[1] == positions:
         if is_square and own != (side, side):
-            _logger.warning("the checkpoint's %d positions are taken as a grid of %d×%d", positions, *own)
+            _logger.warning("the checkpoint's %s are taken as a grid of %d×%d", number_of(positions, "position"), *own)
         return own
     if not is_square:
         raise CheckpointError(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..clip import Clip
 from ..models import VARIANTS, EtMamba
+from ..words import number_of
 from .config import WEIGHTS_FILE, HubConfig, read_config
 from .errors import CheckpointError, first_line
 from .remap import PATCH, find_weights
@@ -114,7 +115,7 @@ def architecture_of(state_dict: Mapping[str, Tensor]) -> dict:
         names = ", ".join(sorted(state_dict)[:3]) or "none"
         raise CheckpointError(
             f"these are no weights of a model of this package, which has {PATCH} and blocks.0.mixer.A_log: "
-            f"{len(state_dict)} tensors, such as {names}"
+            f"{number_of(len(state_dict), 'tensor')}, such as {names}"
         ) from error
 
 
@@ -181,13 +182,13 @@ def _describe(raw: object, source: str, config: HubConfig | None) -> LoadedCheck
     if odd := [key for key, v in weights.items() if v.layout != torch.strided or v.is_meta or v.dtype not in DTYPES]:
         kind = "meta" if weights[odd[0]].is_meta else f"{weights[odd[0]].layout}, {weights[odd[0]].dtype}"
         raise CheckpointError(
-            f"{source}: {len(odd)} weights can't be used, the first is {odd[0]} ({kind}); save them as dense float32, "
-            "bfloat16 or float16"
+            f"{source}: {number_of(len(odd), 'weight')} can't be used, the first is {odd[0]} ({kind}); save "
+            "them as dense float32, bfloat16 or float16"
         )
     if broken := [key for key, value in weights.items() if not value.isfinite().all()]:
         raise CheckpointError(
-            f"{source} isn't finite: {len(broken)} weights hold NaN or infinity, the first is {broken[0]}; its "
-            "training went wrong, take an earlier one"
+            f"{source} isn't finite: NaN or infinity in {number_of(len(broken), 'weight')}, the first is "
+            f"{broken[0]}; its training went wrong, take an earlier one"
         )
     clip, grid = Clip(num_frames), None
     variant = nearest_variant(architecture)[0]
@@ -240,7 +241,7 @@ def _check_complete(
         ),
     ):
         if keys:
-            more = f" and {len(keys) - 3} others" if len(keys) > 3 else ""
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             adapters = any("lora_" in key for key in came)
             remedy = "; merge the LoRA adapters first, model.merge_and_unload(), and save that" if adapters else ""
             raise CheckpointError(f"the checkpoint {problem} {', '.join(keys[:3])}{more}{remedy}")
@@ -270,9 +271,9 @@ def _check_config(config: HubConfig, facts: dict[str, Any]) -> None:
             raise CheckpointError(f"{config.path}: {said} is {value!r}, but the weights have {facts[key]!r}")
     classes, frames = facts["num_classes"], facts["num_frames"]
     for stated, what, there in (
-        (config.num_classes, "classes", classes),
-        (len(config.label_names) or classes, "label names", classes),
-        (config.clip.num_frames if config.clip else frames, "frames", frames),
+        (config.num_classes, "class", classes),
+        (len(config.label_names) or classes, "label name", classes),
+        (config.clip.num_frames if config.clip else frames, "frame", frames),
     ):
         if stated != there:
-            raise CheckpointError(f"{config.path} says {stated} {what}, but the weights have {there}")
+            raise CheckpointError(f"{config.path} says {number_of(stated, what)}, but the weights have {there}")

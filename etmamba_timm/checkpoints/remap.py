@@ -159,7 +159,7 @@ def _holdings(raw: object) -> str:
     names = [str(key) for key in raw]
     adapters = any("lora_" in name for name in names)
     remedy = " (LoRA adapters alone: merge them first, model.merge_and_unload(), and save that)" if adapters else ""
-    return f"{len(names)} entries, such as {_some(names)}{remedy}" if names else "nothing"
+    return f"entries such as {_some(names)} ({len(names)} in all){remedy}" if names else "nothing"
 
 
 def _some(names: list[str]) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..clip import Clip, Stride
 from ..models import EtMamba
+from ..words import number_of
 from .config import CONFIG_FILE, MODEL_TYPE, PROCESSOR, PROCESSOR_FILE, WEIGHTS_FILE
 
 # Few, and used in float32 by every model: halving them would cost accuracy and save nothing.
@@ -46,14 +47,15 @@ def save_checkpoint(
         FileExistsError: the folder isn't empty.
         ValueError: names for another number of classes, weights that aren't finite in `dtype`.
     """
+    check_new_folder(folder)
     folder = Path(folder).resolve()  # of '.' too
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists already; name another folder, or remove it")
     names, known = list(label_names or ()), model.pretrained_cfg.get("label_names") or ()
     if label_names is None and len(known) == model.num_classes:  # else they are those of a classifier that was replaced
         names = list(known)
     if names and len(names) != model.num_classes:
-        raise ValueError(f"{len(names)} label names for {model.num_classes} classes; give one for each")
+        raise ValueError(
+            f"{number_of(len(names), 'label name')} for {number_of(model.num_classes, 'class')}; give one for each"
+        )
     clip = Clip(model.num_frames, model.stride if stride is None else stride)
     blocks: dict = {"model_type": MODEL_TYPE, "clip": clip.to_config()}
     if names:
@@ -80,6 +82,13 @@ def save_checkpoint(
         os.replace(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def check_new_folder(folder: str | Path) -> None:
+    """Raises FileExistsError unless a folder doesn't exist yet or is empty. Call it before a long computation."""
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(f"{folder.resolve()} exists already; name another folder, or remove it")
 
 
 def stored_tensors(state_dict: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:

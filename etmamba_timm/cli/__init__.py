@@ -3,12 +3,12 @@
 import argparse
 import contextlib
 import ctypes
-import difflib
 import logging
 import os
 import sys
 
 from ..version import __version__
+from ..words import did_you_mean
 from . import models, seeing, training, videos
 from .options import in_options
 
@@ -73,8 +73,7 @@ class _Parser(argparse.ArgumentParser):
         found, unknown = super().parse_known_args(*args, **kwargs)
         if unknown:
             known = [option for option in self._option_string_actions if option.startswith("--")]
-            close = [m for word in unknown for m in difflib.get_close_matches(word.partition("=")[0], known, 1)]
-            meant = f"; did you mean {', '.join(close)}?" if close else ""
+            meant = did_you_mean((word.partition("=")[0] for word in unknown), known)
             self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
         return found, unknown
 

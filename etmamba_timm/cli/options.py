@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, TypeVar
 
+from ..words import number_of
+
 if TYPE_CHECKING:
     import torch
 
@@ -116,8 +118,8 @@ def eval_clips(args: argparse.Namespace, model: "EtMamba", of_model: bool = True
         annotations = with_classes(annotations, names)
     elif model.num_classes not in (0, len(annotations.classes)):
         raise ValueError(
-            f"the dataset has {len(annotations.classes)} classes, and the model {model.num_classes} without names; "
-            "give a model with the dataset's classes, or with class names"
+            f"the dataset has {number_of(len(annotations.classes), 'class')}, and the model {model.num_classes} "
+            "without names; give a model with the dataset's classes, or with class names"
         )
     transform = EvalTransform.from_model(model, size=model.img_size)
     return EvalClips(annotations, transform, model.clip, args.num_clips, args.num_crops)
@@ -263,7 +265,7 @@ def each(args: argparse.Namespace, files: list[str], results: Callable[[list[str
             else:
                 raise result
     if failed and len(files) > 1:
-        print(f"etmamba: {failed} of {len(files)} files failed", file=sys.stderr)
+        print(f"etmamba: {failed} of {number_of(len(files), 'file')} failed", file=sys.stderr)
     return 1 if failed else 0
 
 

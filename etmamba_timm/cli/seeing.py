@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..words import number_of
 from .options import (
     SHIPPED,
     add_batches,
@@ -93,10 +94,10 @@ def _check(output: Path) -> None:
     """Raises ValueError, before the work, if a plot can't be drawn or written."""
     from ..seeing.plots import check_plot_file
 
+    check_plot_file(output)
     with extra("analyze"):
         import matplotlib  # noqa: F401
         import sklearn  # noqa: F401
-    check_plot_file(output)
 
 
 def _confusion(args: argparse.Namespace) -> int:
@@ -145,7 +146,9 @@ def _erf(args: argparse.Namespace) -> int:
     field = receptive_field(model, torch.cat(clips).to(model.cls_token), "token" if args.token else "centre")
     output = "class token" if args.token else "central patch"
     plot_receptive_field(field, args.output, f"{args.model}: effective receptive field of the {output}")
-    print(f"half of the gradient is on {smallest_share(field, 0.5):.2%} of the pixels of {len(field)} frames")
+    print(
+        f"half of the gradient is on {smallest_share(field, 0.5):.2%} of the pixels of {number_of(len(field), 'frame')}"
+    )
     return 0
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..words import number_of
 from .options import (
     add_batches,
     add_compile,
@@ -89,17 +90,20 @@ def _train(args: argparse.Namespace) -> int:
 
     is_ours = not dist.is_initialized()  # accelerate starts a process group, and keeps it for a next run
     with _on_device(args.device):
-        metrics = _run(args)
+        metrics, views = _run(args)
     if is_ours and dist.is_initialized():
         dist.destroy_process_group()
     if metrics and is_first_process():
-        print(_accuracies(metrics))
+        print("validation: " + _accuracies(metrics, *views))
         print(f"model: {args.output / 'model'}")
     return 0
 
 
-def _run(args: argparse.Namespace) -> dict[str, float]:
-    """Says what the run will do, and does it; returns its metrics, or nothing with --dry-run."""
+def _run(args: argparse.Namespace) -> tuple[dict[str, float], tuple[int, int]]:
+    """Says what the run will do, and does it.
+
+    Returns: its metrics, or nothing with --dry-run, and the clips and crops of each video that they are over.
+    """
     from ..data import find_layout, write_split
 
     if args.probe and args.teacher:
@@ -124,8 +128,9 @@ def _run(args: argparse.Namespace) -> dict[str, float]:
         for text in plan.warnings:
             print(f"etmamba: warning: {text}", file=sys.stderr)
         logging.getLogger("etmamba_timm").setLevel(logging.INFO)
+    views = recipe.num_clips, recipe.num_crops
     if args.dry_run:
-        return {}
+        return {}, views
     if args.probe:
         shown = sys.stderr.isatty()
         metrics = linear_probe(
@@ -134,8 +139,8 @@ def _run(args: argparse.Namespace) -> dict[str, float]:
     if lists is not None and is_first_process():  # after a probe, which wants an empty folder
         write_split(lists, args.data, train_set, val_set)
     if args.probe:
-        return metrics
-    return train(
+        return metrics, views
+    metrics = train(
         recipe,
         train_set,
         val_set,
@@ -145,6 +150,7 @@ def _run(args: argparse.Namespace) -> dict[str, float]:
         progress=sys.stderr.isatty(),
         trackers=args.trackers,
     )
+    return metrics, views
 
 
 def _datasets(args: argparse.Namespace, settings: dict) -> "tuple[Annotations, Annotations, Path | None]":
@@ -154,20 +160,26 @@ def _datasets(args: argparse.Namespace, settings: dict) -> "tuple[Annotations, A
 
     Returns: the videos, and the folder that a new split is to be written into.
     """
-    from ..data import SOURCES, is_one_folder, read_dataset, read_split, split_videos
-    from ..training.run_folder import RUN_FILE, SPLIT, RunFolder
+    from ..data import SOURCES, AnnotationError, is_one_folder, read_dataset, read_split, split_videos
+    from ..training.run_folder import RUN_FILE, SPLIT, RunError, RunFolder
 
     layout, run = settings["dataset"], RunFolder(args.output)
+    run.check()
 
     def read(subset: str) -> "Annotations":
         return read_dataset(layout, args.data, subset, split=settings.get("split", 1), annotations=args.annotations)
 
     if layout not in SOURCES and not (layout == "folders" and is_one_folder(args.data)):
         return read("train"), read("val"), None
-    run.check()
     videos = read("train")
     if (run / RUN_FILE).exists() and (run / SPLIT).exists():
-        return *read_split(run / SPLIT, args.data, videos.classes), None
+        try:
+            return *read_split(run / SPLIT, args.data, videos.classes), None
+        except AnnotationError as error:
+            raise RunError(
+                f"{run.path} contains a run on other videos ({error}); choose another folder for the new run (-o), or "
+                "give the folder of this one's videos (--data)"
+            ) from error
     return *split_videos(videos, settings.get("seed", 0), SOURCES.get(layout)), run / SPLIT
 
 
@@ -197,9 +209,12 @@ def _evaluate(args: argparse.Namespace) -> int:
         check_file(args.scores)
     with process_group(args):
         model, options = set_up(args, need_classifier=True)
+        videos = eval_clips(args, model)
+        if is_first_process():
+            _warn_of_training_videos(args, videos.annotations)
         scores = evaluate(
             model,
-            eval_clips(args, model),
+            videos,
             batch_size=batch_size(args, model),
             workers=args.workers,
             dtype=options["dtype"],
@@ -214,14 +229,32 @@ def _evaluate(args: argparse.Namespace) -> int:
         width = max(map(len, by_class))
         for name, accuracy in by_class.items():
             print(f"{name:{width}}  " + ("no videos" if accuracy is None else f"{accuracy:7.2%}"))
-        print(_accuracies(metrics))
+        print(_accuracies(metrics, args.num_clips, args.num_crops))
     if args.scores is not None:
         scores.save(args.scores)
     return 0
 
 
-def _accuracies(metrics: dict[str, float]) -> str:
+def _warn_of_training_videos(args: argparse.Namespace, videos: "Annotations") -> None:
+    """Warns if the model's run was trained on some of the videos, as far as the run's folder tells."""
+    from ..training.run_folder import SPLIT, training_videos
+
+    kind, _, folder = args.model.partition(":")
+    weights = args.checkpoint or (Path(folder) if kind == "local-dir" else None)
+    for run in weights.parents[:2] if weights else ():
+        learnt = training_videos(run, args.data)
+        if count := sum(file in learnt for file, _ in videos.samples):
+            print(
+                f"etmamba: warning: the model was trained on {count} of {number_of(len(videos.samples), 'video')} that "
+                "it is evaluated on, so the accuracy is too high. For those that its run held out, add "
+                f"--dataset list --annotations {run / SPLIT}",
+                file=sys.stderr,
+            )
+
+
+def _accuracies(metrics: dict[str, float], clips: int, crops: int) -> str:
     text = f"top-1 {metrics['top1']:.2%}, top-5 {metrics['top5']:.2%}, mean of classes {metrics['mean_class']:.2%}, "
-    text += f"{metrics['videos']} videos"
+    text += number_of(int(metrics["videos"]), "video")
+    text += f", {number_of(clips, 'clip')} × {number_of(crops, 'crop')} of each"
     left_out = [f"{metrics[name]} {name}" for name in ("failed", "missing") if metrics[name]]
     return text + (f" ({', '.join(left_out)}, not counted)" if left_out else "")

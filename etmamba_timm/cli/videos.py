@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..words import number_of
 from .options import (
     SHIPPED,
     add_batches,
@@ -137,10 +138,10 @@ def _teach(args: argparse.Namespace) -> int:
     from ..data import find_layout, read_dataset
     from ..features import check_features_path
 
+    check_features_path(args.output)
     with extra("train"):
         from ..training.distill import video_name
         from ..training.teacher import load_teacher, scores_of_videos
-    check_features_path(args.output)
     layout = args.dataset or find_layout(args.data, args.annotations)
     videos = read_dataset(layout, args.data, args.subset, split=args.split or 1, annotations=args.annotations)
     files = {video_name(file, args.data): file for file, _ in videos.samples}
@@ -184,7 +185,7 @@ def _store(args: argparse.Namespace, files: list[str], settings: dict[str, str],
         if output is not None:
             output.close(files, finished)
             if done := len(files) - len(output.missing(files)):
-                text = f"{args.made} of {done} of {len(files)} files: {args.output}"
+                text = f"{args.made} of {done} of {number_of(len(files), 'file')}: {args.output}"
                 print(text + ("" if finished else "; the same command continues"), file=sys.stderr)
     return status
 

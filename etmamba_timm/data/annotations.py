@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..words import number_of
 from .embedded import VideoFile
 from .frames import PICTURES, is_picture, is_there
 
@@ -58,7 +59,8 @@ def read_folders(root: str | Path, classes: list[str] | None = None) -> Annotati
     isn't taken, as it is no video or lies in no class, is counted in a warning.
 
     Raises:
-        AnnotationError: `root` isn't a folder, or holds no videos in folders of classes.
+        AnnotationError: `root` isn't a folder, or holds no videos in folders of classes; or all lie in one, but in
+            folders below it, which are more likely the classes.
     """
     root = existing_folder(root)
     names = classes or class_folders(root)
@@ -78,15 +80,35 @@ def read_folders(root: str | Path, classes: list[str] | None = None) -> Annotati
         raise AnnotationError(f"{root} holds no videos in folders of classes, wanted {root}/<class>/<video>.mp4{held}")
     if others:
         _logger.warning(
-            "%s: %d files in folders of classes are left out, as they are no videos by their suffix: %s; first %s",
-            *(root, len(others), _kinds(others), others[0]),
+            "%s: %s in folders of classes left out, no video by the suffix: %s; first %s",
+            *(root, number_of(len(others), "file"), _kinds(others), others[0]),
         )
     if loose := sorted(path for path in root.iterdir() if _is_video_name(path.name) and path.is_file()):
-        _logger.warning("%s: %d videos lie in no folder of a class, first %s", root, len(loose), loose[0])
+        _logger.warning("%s: %s in no folder of a class, first %s", root, number_of(len(loose), "video"), loose[0])
     held_classes = {index for _, index in samples}
+    flat = {index for path, index in samples if isinstance(path, Path) and path.parent == root / names[index]}
+    if nested := [names[index] for index in sorted(held_classes - flat)]:
+        if len(held_classes) == 1 and (classes is None or len(classes) == 1):
+            raise AnnotationError(
+                f"{root} would be a single class, {nested[0]!r}, whose videos all lie in folders below it, such as "
+                f"{samples[0][0]}; give {_with_classes(root / nested[0])}"
+            )
+        _logger.warning(
+            "%s: all videos of %d of %s, first %s, lie in folders below the class's; if those are the classes, give "
+            "another folder, such as %s",
+            *(root, len(nested), number_of(len(names), "class"), nested[0], root / nested[0]),
+        )
     if empty := [name for index, name in enumerate(names) if index not in held_classes]:
-        _logger.warning("%s: no videos in %d of %d classes, first %s", root, len(empty), len(names), empty[0])
+        total = number_of(len(names), "class")
+        _logger.warning("%s: no videos in %d of %s, first %s", root, len(empty), total, empty[0])
     return Annotations(samples, list(names), [])
+
+
+def _with_classes(folder: Path) -> Path:
+    """The first folder, from this one down, that has several folders or a video."""
+    while len(below := class_folders(folder)) == 1 and class_folders(folder / below[0]):
+        folder /= below[0]
+    return folder
 
 
 def class_folders(root: Path) -> list[str]:
@@ -135,7 +157,7 @@ def _kinds(files: list[Path]) -> str:
     """'10 .txt, 2 .jpg (pictures)', the most frequent first."""
     counts = Counter(path.suffix.lower() for path in files).most_common()
     kinds = [f"{n} {suffix or 'without suffix'}{' (pictures)' * (suffix in PICTURES)}" for suffix, n in counts]
-    return ", ".join(kinds[:5]) + (f" and {len(kinds) - 5} other kinds" if len(kinds) > 5 else "")
+    return ", ".join(kinds[:5]) + (f" and {number_of(len(kinds) - 5, 'other kind')}" if len(kinds) > 5 else "")
 
 
 def read_kinetics(csv_file: str | Path, root: str | Path, classes: list[str] | None = None) -> Annotations:
@@ -273,7 +295,9 @@ def from_rows(
     labels = {label for _, label in rows}
     number = {label: label if label in index else label.lstrip("0") or "0" for label in labels}
     if unknown := sorted(label for label, name in number.items() if name not in index):
-        raise AnnotationError(f"{source}: labels {unknown[:5]} are none of the {len(classes)} classes {classes[:5]}...")
+        raise AnnotationError(
+            f"{source}: labels {unknown[:5]} are none of {number_of(len(classes), 'class')} {classes[:5]}..."
+        )
     samples: list[tuple[VideoFile, int]] = []
     missing = []
     for what, label in rows:
@@ -284,11 +308,13 @@ def from_rows(
             missing.append(str(found))
     if len(missing) > MOST_MISSING * len(rows):
         raise AnnotationError(
-            f"{source} lists {len(rows)} videos, {len(missing)} of which aren't there (first: {missing[0]}); {remedy()}"
+            f"{source} lists {number_of(len(rows), 'video')}, {len(missing)} of which aren't there (first: "
+            f"{missing[0]}); {remedy()}"
         )
     if missing:
         _logger.warning(
-            "%s: %d of %d videos are missing and left out, first %s", source, len(missing), len(rows), missing[0]
+            "%s: %d of %s missing and left out, first %s",
+            *(source, len(missing), number_of(len(rows), "video"), missing[0]),
         )
     return Annotations(samples, list(classes), missing)
 

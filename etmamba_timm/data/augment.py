@@ -10,6 +10,8 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms.v2 import RandomResizedCrop, functional
 
+from ..words import number_of
+
 MOST_MAGNITUDE = 9.99  # at 10, timm posterises to 0 bits: a black image, and an error in newer versions of Pillow
 
 
@@ -60,7 +62,9 @@ class TrainTransform:
 
     def __post_init__(self) -> None:
         if len(self.mean) != 3 or len(self.std) != 3:
-            raise ValueError(f"mean has {len(self.mean)} values and std {len(self.std)}; give 3 each, for RGB")
+            raise ValueError(
+                f"mean has {number_of(len(self.mean), 'value')} and std {len(self.std)}; give 3 each, for RGB"
+            )
         for name, value in (("flip", self.flip), ("erasing", self.erasing)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value}; a probability must be between 0 and 1")

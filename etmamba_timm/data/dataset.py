@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from ..clip import Clip
+from ..words import number_of
 from .annotations import Annotations
 from .embedded import VideoFile
 from .ffmpeg import VideoError
@@ -30,8 +31,8 @@ class TrainClips(Dataset):
 
     Random choices depend only on `seed`, `epoch` and the item's number, not on the workers or the order of access. With
     n videos, items i + n, i + 2n, ... are further clips of video i in the same epoch; 'index' is the video's. A video
-    that can't be decoded is logged once and replaced by the next one that can, with that one's label and index, so
-    batches keep their size.
+    that can't be decoded is logged once (see `Warned`) and replaced by the next one that can, with that one's label and
+    index, so batches keep their size.
 
     Args:
         annotations: the videos.
@@ -48,7 +49,7 @@ class TrainClips(Dataset):
     ) -> None:
         self.annotations, self.transform, self.clip, self.seed = annotations, transform, clip, seed
         self.epoch = 0
-        self._failed: set[int] = set()
+        self._warned = Warned([path for path, _ in annotations.samples])
 
     def __len__(self) -> int:
         return len(self.annotations.samples)
@@ -60,16 +61,43 @@ class TrainClips(Dataset):
             path, label = self.annotations.samples[i]
             with seeded(self.seed, self.epoch, i, again):  # NumPy's seeds are the same without a last 0
                 try:
-                    reader = open_video(path)
+                    reader = open_video(path, self._warned)
                     frames = reader.read(draw_clip(self.clip, reader.info.num_frames, random.Random(random.random())))
                 except VideoError as error:
-                    _log_failure(self._failed, i, error)
+                    self._warned.failed(path, error)
                     continue
                 return {"clip": self.transform(frames), "label": label, "index": i}
         path = self.annotations.samples[tries[0]][0]
         raise VideoError(
-            f"{path}: {len(tries)} videos in a row, starting with this one, can't be decoded; check the dataset"
+            f"{path}: {number_of(len(tries), 'video')} in a row, starting with this one, can't be decoded; check the "
+            "dataset"
         )
+
+
+class Warned:
+    """One warning about each file, however often and in how many worker processes it is read; one more if it fails.
+
+    What was said of which file is marked in memory that the workers share.
+
+    Args:
+        files: the files that may be warned of.
+    """
+
+    def __init__(self, files: Sequence[VideoFile]) -> None:
+        self._marks = torch.zeros(len(files), dtype=torch.uint8).share_memory_()
+        self._number = {str(file): number for number, file in enumerate(files)}
+
+    def __call__(self, file: VideoFile, message: str, level: int = 1) -> None:
+        """Logs the message, unless the file was warned of before, at this level or a higher one."""
+        number = self._number.get(str(file))
+        if number is None or self._marks[number] < level:
+            _logger.warning("%s", message)
+        if number is not None:
+            self._marks[number] = max(level, int(self._marks[number]))
+
+    def failed(self, file: VideoFile, error: VideoError) -> None:
+        """Warns of a file that can't be decoded."""
+        self(file, f"left out: {error}", 2)
 
 
 @dataclass(frozen=True)
@@ -81,6 +109,7 @@ class Views:
         transform: makes the crops, and normalises them.
         clip: how frames are sampled; its `num_frames` is the length T of a view.
         num_clips, num_crops: views in time and in space (1 or 3).
+        warned: says what is wrong with a file once, however often it is read; None: each time.
 
     Raises:
         ValueError: another number of clips or crops.
@@ -91,6 +120,7 @@ class Views:
     clip: Clip
     num_clips: int = 1
     num_crops: int = 1
+    warned: "Warned | None" = None
 
     def __post_init__(self) -> None:
         if self.num_clips < 1 or self.num_crops not in (1, 3):
@@ -125,7 +155,7 @@ class Views:
         Raises:
             VideoError: the file can't be decoded.
         """
-        reader = open_video(self.files[index])
+        reader = open_video(self.files[index], self.warned)
         info, length = reader.info, self.clip.num_frames
         clips = fixed_clips(self.clip, info.num_frames, self.num_clips)
         together = max(1, MOST_BYTES // (length * info.height * info.width * 3))
@@ -152,7 +182,8 @@ class EvalClips(Dataset):
     ) -> None:
         self.annotations, self.transform, self.clip = annotations, transform, clip
         self.num_clips, self.num_crops = num_clips, num_crops
-        self._failed: set[int] = set()
+        self._files = [file for file, _ in annotations.samples]
+        self._warned = Warned(self._files)
 
     def __len__(self) -> int:
         return len(self.annotations.samples)
@@ -160,7 +191,7 @@ class EvalClips(Dataset):
     def __getitem__(self, index: int) -> dict | None:
         path, label = self.annotations.samples[index]
         try:
-            views = [self.transform(frames, self.num_crops) for frames in self._of([path]).frames(0)]
+            views = [self.transform(frames, self.num_crops) for frames in self.views().frames(index)]
         except VideoError as error:
             self.leave_out(index, error)
             return None
@@ -171,14 +202,11 @@ class EvalClips(Dataset):
 
     def views(self) -> Views:
         """The same views of all videos, without their labels."""
-        return self._of([file for file, _ in self.annotations.samples])
+        return Views(self._files, self.transform, self.clip, self.num_clips, self.num_crops, self._warned)
 
     def leave_out(self, index: int, error: VideoError) -> None:
         """Logs once that a video can't be decoded."""
-        _log_failure(self._failed, index, error)
-
-    def _of(self, files: Sequence[VideoFile]) -> Views:
-        return Views(files, self.transform, self.clip, self.num_clips, self.num_crops)
+        self._warned.failed(self._files[index], error)
 
 
 def collate(items: Sequence[dict | None]) -> dict[str, Tensor] | None:
@@ -201,9 +229,3 @@ def seeded(*seeds: int) -> Iterator[None]:
         random.setstate(state[0])
         np.random.set_state(state[1])
         torch.set_rng_state(state[2])
-
-
-def _log_failure(logged: set[int], index: int, error: VideoError) -> None:
-    if index not in logged:
-        logged.add(index)
-        _logger.warning("left out: %s", error)

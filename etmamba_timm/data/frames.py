@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import index as as_index
 from pathlib import Path
 
@@ -18,9 +18,14 @@ from .video import VideoInfo, VideoReader, wanted_frames
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 
 
-def open_video(path: str | VideoFile) -> "VideoReader | FrameFolder":
-    """A reader of a video file, a video in a dataset's row, or a folder of frames; raises VideoError as they do."""
-    return FrameFolder(path) if isinstance(path, str | Path) and os.path.isdir(path) else VideoReader(path)
+def open_video(
+    path: str | VideoFile, warn: Callable[[VideoFile, str], None] | None = None
+) -> "VideoReader | FrameFolder":
+    """A reader of a video file, a video in a dataset's row, or a folder of frames; raises VideoError as they do.
+
+    `warn` is for `VideoReader`.
+    """
+    return FrameFolder(path) if isinstance(path, str | Path) and os.path.isdir(path) else VideoReader(path, warn)
 
 
 class FrameFolder:

@@ -4,6 +4,7 @@ import csv
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from ..words import number_of
 from .annotations import (
     BREAKFAST,
     AnnotationError,
@@ -115,7 +116,7 @@ def with_classes(annotations: Annotations, classes: Sequence[str]) -> Annotation
         number = {str(i): i for i in range(len(classes))}
     if unknown := [name for name in annotations.classes if name not in number]:
         raise AnnotationError(
-            f"{len(unknown)} of the dataset's {len(annotations.classes)} classes are none of the model's "
+            f"{len(unknown)} of {number_of(len(annotations.classes), 'class')} of the dataset are none of the model's "
             f"{len(number)}: {', '.join(unknown[:5])}; the model has {', '.join(list(classes)[:5])}, ..."
         )
     samples = [(path, number[annotations.classes[label]]) for path, label in annotations.samples]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ..words import number_of
 from .annotations import (
     SUFFIXES,
     AnnotationError,
@@ -277,7 +278,7 @@ class _Table:
             for video in videos
         ]
         if changed := [video for video, new in zip(videos, turned, strict=True) if video != new]:
-            self.notes.append(f"'\\' is read as '/' in {len(changed)} paths ({some(changed)})")
+            self.notes.append(f"'\\' is read as '/' in {number_of(len(changed), 'path')} ({some(changed)})")
         return turned
 
     def _whole(self, labels: list[str]) -> list[str]:
@@ -310,8 +311,8 @@ def _gaps(rows: list[tuple[str, str]]) -> list[str]:
         return []
     if numbers == set(range(1, classes)):
         return [
-            f"the labels are 1 to {classes - 1}, but classes count from 0: the model gets {classes} classes, and class "
-            f"0 has no videos; subtract 1 from the labels for {classes - 1} classes"
+            f"the labels are 1 to {classes - 1}, but classes count from 0: the model gets "
+            f"{number_of(classes, 'class')}, and class 0 has no videos; subtract 1 from the labels for {classes - 1}"
         ]
     return [f"{classes - len(numbers)} of the {classes} numbered classes, 0 to {classes - 1}, have no videos"]
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
+from ..words import number_of
+
 MOST_PIXELS = 2**22  # of a resized frame; only extremely elongated frames exceed it
 _INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
 
@@ -45,7 +47,8 @@ class EvalTransform:
             raise ValueError(f"size is {self.size}; give (height, width) in pixels, each 1 or more")
         if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean):
             raise ValueError(
-                f"mean has {len(self.mean)} values and std {len(self.std)}; give 3 each (RGB) or 1 each (luminance)"
+                f"mean has {number_of(len(self.mean), 'value')} and std {len(self.std)}; give 3 each (RGB) or 1 "
+                "each (luminance)"
             )
         if min(self.std) <= 0:
             raise ValueError(f"std is {self.std}; every value must be above 0 (1 for no scaling)")
@@ -66,7 +69,9 @@ class EvalTransform:
         cfg = resolve_model_data_config(model)
         channels = getattr(model, "in_chans", cfg["input_size"][0])
         if channels not in (1, 3):
-            raise ValueError(f"the model takes {channels} channels; video frames have 3 (RGB) or 1 (luminance)")
+            raise ValueError(
+                f"the model takes {number_of(channels, 'channel')}; video frames have 3 (RGB) or 1 (luminance)"
+            )
         mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
         if channels == 1:
             mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)

@@ -9,7 +9,7 @@ reliable is decoded from its start and its frames are counted, which is slower b
 import logging
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from operator import index as as_index
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..words import number_of
 from . import ffmpeg
 from .embedded import EmbeddedVideo, VideoFile
 from .ffmpeg import VideoError
@@ -59,15 +60,16 @@ class VideoReader:
     It keeps an index but no open file, so it needs no closing and can be pickled. Only the first video stream is read.
     A frame that cannot be decoded is replaced by the nearest earlier frame (by a later one, if there is no earlier);
     a frame that the decoder repairs counts as decoded. Each reader warns once of such frames, or of an mp4 that is cut
-    off and of which only the first part can be read. Mirroring and non-square pixels are ignored.
+    off and of which only the first part can be read; `warn(path, message)` takes the warning instead of the log.
+    Mirroring and non-square pixels are ignored.
 
     Raises:
         VideoError: the file doesn't exist, is empty, cut off or no video, or none of its frames can be decoded.
     """
 
-    def __init__(self, path: str | Path | EmbeddedVideo) -> None:
+    def __init__(self, path: str | Path | EmbeddedVideo, warn: Callable[[VideoFile, str], None] | None = None) -> None:
         self.path = path if isinstance(path, EmbeddedVideo) else Path(path)
-        self._warned = False
+        self._report, self._warned = warn, False
         self._given: dict[int, int] | None = None  # computed times, by the packets' positions
         ffmpeg.check_file(self.path)
         with ffmpeg.opened(self.path) as (container, stream):
@@ -95,7 +97,7 @@ class VideoReader:
         count, times = len(shown), {time for time, _ in shown if time is not None}
         if first is None:
             raise VideoError(
-                f"{self.path}: none of its {count} frames can be decoded; it looks damaged: copy or download it again"
+                f"{self.path}: none of its frames ({count}) can be decoded; it looks damaged: copy or download it again"
             )
         # Times that may be wrong are checked by decoding all frames.
         known = len(times) == count
@@ -116,7 +118,7 @@ class VideoReader:
         height, width = (first.width, first.height) if turn % 180 else (first.height, first.width)
         self.info = VideoInfo(self.path, count, height, width, turn, rate, count / rate if rate else 0.0)
         if ffmpeg.is_cut_off(self.path):
-            self._warn(f"the file is cut off; only its first {count} frames can be read")
+            self._warn(f"the file is cut off; only its beginning can be read ({number_of(count, 'frame')})")
 
     def read(self, indices: Sequence[int]) -> Tensor:
         """The frames with these numbers, in any order, repeated or not: uint8 [T, H, W, 3] RGB.
@@ -254,7 +256,9 @@ class VideoReader:
         return np.rot90(picture, -turn // 90)
 
     def _warn(self, message: str) -> None:
-        if not self._warned:
+        if self._report is not None:
+            self._report(self.path, f"{self.path}: {message}")
+        elif not self._warned:
             _logger.warning("%s: %s", self.path, message)
         self._warned = True
 

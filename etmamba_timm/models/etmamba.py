@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..clip import Clip, Stride
 from ..layers import BLOCKS, STEMS, PatchEmbed, Recomputing, resample_spatial, resample_temporal, to_tokens
+from ..words import number_of
 
 _logger = logging.getLogger(__name__)
 _EXPORT = "use torch.export, or etmamba_timm.export for a file"
@@ -253,6 +254,18 @@ class EtMamba(nn.Module):
             intermediates = [(m, y[:, : self.num_prefix_tokens]) for m, y in zip(maps, taken, strict=True)]
         return intermediates if intermediates_only else (self.norm(x), intermediates)
 
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | list[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> Intermediates:
+        """DINO's form of `forward_intermediates`: of the last `n` or the listed blocks, tokens or (`reshape`) maps."""
+        output_fmt = "NCHW" if reshape else "NLC"
+        return self.forward_intermediates(x, n, return_prefix_tokens, norm, False, output_fmt, True)  # type: ignore[return-value]
+
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         """Clip or image -> tokens [B, 1 + t·h·w, D] in at least float32 (the residual stream), grid (t, h, w)."""
         x = self.stem(as_clip(x, self.in_chans, self.patch_size))
@@ -383,7 +396,9 @@ def as_clip(x: Tensor, in_chans: int, patch_size: int) -> Tensor:
             hint = f"; it looks like {order}, so permute it"
         elif x.ndim == 4 and in_chans in (x.shape[0], x.shape[3]):
             hint = "; four dimensions are a batch of images, so give a clip a batch dimension, clip[None]"
-        raise ValueError(f"clip {shape} has {x.shape[1]} channels; this model takes {in_chans}, in dimension 1{hint}")
+        raise ValueError(
+            f"clip {shape} has {number_of(x.shape[1], 'channel')}; this model takes {in_chans}, in dimension 1{hint}"
+        )
     height, width = x.shape[-2:]
     if 0 in shape:
         raise ValueError(f"clip {shape} is empty; it needs at least one sample, one frame and one patch")

@@ -20,6 +20,7 @@ from ..checkpoints import manifest
 from ..data import EvalClips
 from ..models import EtMamba, count_cost
 from ..training.evaluate import Scores, over_videos
+from ..words import number_of
 from .plots import COLOURS, MARKERS, NO_VALUE, check_plot_file, missing, new_figure, save_figure, short
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def plot_confusion(scores: Scores, path: str | Path) -> None:
     axes = figure.add_subplot(
         xlabel="predicted class",
         ylabel="true class",
-        title=f"Confusions of {len(scores.labels)} videos, top-1 {scores.topk(1):.1%}",
+        title=f"Confusions of {number_of(len(scores.labels), 'video')}, top-1 {scores.topk(1):.1%}",
     )
     axes.set_facecolor(NO_VALUE)
     image = axes.imshow(np.ma.masked_invalid(shares), cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
@@ -138,7 +139,7 @@ def tsne(features: Tensor, seed: int = 0) -> Tensor:
     except ImportError as error:
         raise missing(error) from error
     if len(features) < 4:
-        raise ValueError(f"{len(features)} videos are too few for t-SNE; give 4 or more")
+        raise ValueError(f"{number_of(len(features), 'video')}: too few for t-SNE; give 4 or more")
     perplexity = min(30.0, (len(features) - 1) / 3)
     return torch.from_numpy(TSNE(perplexity=perplexity, random_state=seed).fit_transform(features.numpy()))
 
@@ -166,9 +167,11 @@ def plot_tsne(
     keep = torch.isin(labels, torch.tensor(chosen, dtype=labels.dtype))
     points, labels = tsne(features[keep], seed), labels[keep]
     figure = new_figure(10, 7.5)
-    shown = f"{len(chosen)} of {len(present)} classes" if len(chosen) < len(present) else f"{len(chosen)} classes"
+    shown = f"{len(chosen)} of " * (len(chosen) < len(present)) + number_of(len(present), "class")
     axes = figure.add_subplot(
-        xlabel="t-SNE 1", ylabel="t-SNE 2", title=f"Features of {len(points)} videos of {shown} (t-SNE, seed {seed})"
+        xlabel="t-SNE 1",
+        ylabel="t-SNE 2",
+        title=f"Features of {number_of(len(points), 'video')} of {shown} (t-SNE, seed {seed})",
     )
     axes.set_xticks([])  # the units have no meaning
     axes.set_yticks([])

@@ -31,6 +31,7 @@ from ..data import EvalTransform, VideoError, VideoReader, fixed_clips
 from ..data.ffmpeg import check_file, opened
 from ..models import EtMamba
 from ..predict import predict, top_classes
+from ..words import number_of
 from .analyze import plot_receptive_field, receptive_field
 from .timeline import Timeline, plot_timeline, timeline
 
@@ -118,8 +119,8 @@ def check_limits(path: Path, most_seconds: int) -> None:
     times = VideoReader(path).times()
     most = most_seconds * MOST_RATE
     if times[-1] > most_seconds or len(times) > most:
-        has = f"is {times[-1]:.0f} s long and has {len(times)} frames"
-        raise VideoError(f"{path}: {has}; cut it to {most_seconds} s and {most} frames at most")
+        has = f"is {times[-1]:.0f} s long and has {number_of(len(times), 'frame')}"
+        raise VideoError(f"{path}: {has}; cut it to {most_seconds} s and {number_of(most, 'frame')} at most")
 
 
 class _Answers:

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..data import SOURCES
+from ..words import number_of
 from .recipe import Recipe
 
 
@@ -19,14 +20,14 @@ def run_card(recipe: Recipe, processes: int, best_epoch: int, videos: int, metri
     names = (("top-1", "top1"), ("top-5", "top5"), ("mean class accuracy", "mean_class"))
     cut = ", taken from the training part by source" if recipe.dataset in SOURCES else ""
     common = {
-        "dataset": f"{metrics['videos']} validation videos ({recipe.dataset}{cut})",
+        "dataset": f"{number_of(int(metrics['videos']), 'validation video')} ({recipe.dataset}{cut})",
         "views": {"frames": recipe.num_frames, "crops": recipe.num_crops, "clips": recipe.num_clips},
         "whose": "measured here",
     }
     teacher = {"teacher": Path(recipe.teacher).name}
     taught = f", with the teacher {teacher['teacher']}," if recipe.teacher else ""
     return {
-        "source": f"trained from {_start(recipe)}{taught} on {videos:,} videos ({recipe.dataset})",
+        "source": f"trained from {_start(recipe)}{taught} on {number_of(videos, 'video')} ({recipe.dataset})",
         "recipe": asdict(recipe) | {"checkpoint": Path(recipe.checkpoint).name, "processes": processes} | teacher,
         "figures": [common | {"metric": name, "value": round(100 * metrics[key], 2)} for name, key in names],
         "notes": f"The weights are those after epoch {best_epoch + 1} of {recipe.epochs}, the best on these "

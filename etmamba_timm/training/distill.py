@@ -18,6 +18,7 @@ from ..data.embedded import VideoFile
 from ..data.sampling import sample_segments
 from ..features import SUFFIX, checksum, read_features, read_settings
 from ..models import EtMamba
+from ..words import number_of
 from .recipe import Recipe
 from .teacher import Teacher, TeacherError, load_teacher
 
@@ -187,14 +188,14 @@ def match_classes(classes: Sequence[str], names: Sequence[str], teacher: str) ->
             found = [number[key(name)] for name in classes if key(name) in number]
             if len(found) == len(classes):
                 if len(names) > len(classes):
-                    _logger.info("teacher %s has %d more classes, which are left out", teacher, len(names) - len(found))
+                    _logger.info("%d of the %d classes of %s are used", len(found), len(names), teacher)
                 return found
     known = set(map(_simplified, names))
     missing = [name for name in classes if _simplified(name) not in known] or list(classes)
     raise TeacherError(
-        f"teacher {teacher} lacks {len(missing)} of the {len(classes)} classes, first {', '.join(missing[:3])}; it has "
-        f"{len(names)}: {', '.join(names[:3])}, ... Give a teacher with these classes, or learn its features alone: "
-        "teacher_weight=0 and feature_weight=1"
+        f"teacher {teacher} lacks {len(missing)} of {number_of(len(classes), 'class')}, "
+        f"first {', '.join(missing[:3])}; it has {len(names)}: {', '.join(names[:3])}, ... Give "
+        "a teacher with these classes, or learn its features alone: teacher_weight=0 and feature_weight=1"
     )
 
 
@@ -242,10 +243,10 @@ def _stored_scores(path: str, files: Sequence[VideoFile]) -> tuple[Tensor, list[
         raise TeacherError(f"{path} has none of the training videos, such as {files[0]}; but {names[0]} and others")
     if missing:
         _logger.warning(
-            "%s lacks %d of %d training videos, which have no teacher: first %s",
+            "%s lacks %d of %s, which have no teacher: first %s",
             path,
             len(set(missing)),
-            len(set(map(str, files))),
+            number_of(len(set(map(str, files))), "training video"),
             missing[0],
         )
     return torch.cat([scores, torch.full_like(scores[:1], torch.nan)])[found], classes

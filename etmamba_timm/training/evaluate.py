@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from ..data import EvalClips, VideoError
 from ..files import whole_file
-from ..views import mean_over_views
+from ..views import check_is_model, mean_over_views
+from ..words import number_of
 from .progress import Timer
 
 _logger = logging.getLogger(__name__)
@@ -160,6 +161,7 @@ def over_videos(
 
     Returns: float64 [videos, X], labels [videos], and indices [videos] into the dataset, ascending.
     """
+    check_is_model(model)
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     own = range(rank, len(videos), processes)
     rows: list[tuple[int, Tensor]] = []
@@ -187,7 +189,7 @@ def over_videos(
         dist.all_gather_object(by_process, rows)
     found = dict(sorted((row for rows in by_process for row in rows), key=lambda row: row[0]))
     if not found:
-        raise ValueError(f"none of the {len(videos)} videos can be decoded; check the dataset")
+        raise ValueError(f"none of {number_of(len(videos), 'video')} can be decoded; check the dataset")
     values = torch.stack(list(found.values()))
     if not values.isfinite().all():
         raise ValueError("the scores aren't finite; check the checkpoint, or use float32")

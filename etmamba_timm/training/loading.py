@@ -1,5 +1,6 @@
 """The clips of a training run: its datasets, and each process's batches of an epoch."""
 
+import logging
 from collections.abc import Iterator
 
 import numpy as np
@@ -8,7 +9,10 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from ..data import Annotations, EvalClips, EvalTransform, TrainClips, TrainTransform, collate
 from ..models import EtMamba
+from ..words import number_of
 from .recipe import Recipe
+
+_logger = logging.getLogger(__name__)
 
 
 def datasets(
@@ -58,8 +62,13 @@ def batches(
         pin_memory=pin_memory,
         generator=torch.Generator(),  # so that the global one isn't used
     )
+    total = 0
     for indices, batch in zip(todo, loader, strict=True):
-        yield batch | {"replaced": int((batch["index"] != torch.tensor(indices) % len(data)).sum())}
+        total += (replaced := int((batch["index"] != torch.tensor(indices) % len(data)).sum()))
+        if total and indices is todo[-1]:
+            said = "epoch %d: %s of videos that can't be decoded replaced by clips of others"
+            _logger.info(said, epoch + 1, number_of(total, "clip"))
+        yield batch | {"replaced": replaced}
 
 
 def drawn(annotations: Annotations, balance: float, seed: int, epoch: int) -> list[int]:

@@ -13,6 +13,7 @@ from ..checkpoints import find_checkpoint
 from ..clip import DEFAULT_STRIDE
 from ..data import SOURCES, Annotations
 from ..models import EtMamba, count_cost
+from ..words import number_of
 from .recipe import AUTO, EPOCH_UPDATES, Recipe, RecipeError
 
 MOST_CLIPS = 16  # of an update, where the batch size is open
@@ -21,6 +22,7 @@ SIDES = re.compile(r"left|right|clockwise", re.IGNORECASE)  # in the name of a c
 LEAST_RATE = 1e-5  # below, an optimiser such as AdamW hardly moves the weights
 LEAST_UPDATES = 100  # of a run
 LEAST_VAL = 10  # videos for validation
+SHOWN_CLASSES = 8
 
 
 @dataclass(frozen=True)
@@ -100,13 +102,13 @@ def make_plan(recipe: Recipe, train_set: Annotations, val_set: Annotations, proc
     )
     cost = count_cost(model)
     height, width = recipe.img_size
-    clip = f"{recipe.num_frames} frames of {height}×{width}, {recipe.clip.spacing}"
+    clip = f"{number_of(recipe.num_frames, 'frame')} of {height}×{width}, {recipe.clip.spacing}"
     if own is not None and (own.num_frames, own.img_size) != (recipe.num_frames, recipe.img_size):
         factor = cost.total_macs / count_cost(own).total_macs
-        theirs = f"{own.num_frames} frames of {own.img_size[0]}×{own.img_size[1]}"
+        theirs = f"{number_of(own.num_frames, 'frame')} of {own.img_size[0]}×{own.img_size[1]}"
         warnings.append(
-            f"clips are {recipe.num_frames} frames of {height}×{width}, and the weights are for {theirs}: {factor:.3g} "
-            f"times the cost, and weights that have to adapt. Set num_frames={own.num_frames} "
+            f"clips are {number_of(recipe.num_frames, 'frame')} of {height}×{width}, and the weights are for "
+            f"{theirs}: {factor:.3g} times the cost, and weights that have to adapt. Set num_frames={own.num_frames} "
             f"size={_size_text(own.img_size)} unless you mean it"
         )
     if rate < LEAST_RATE:
@@ -115,19 +117,21 @@ def make_plan(recipe: Recipe, train_set: Annotations, val_set: Annotations, proc
         warnings.append(f"the learning rate is {rate:.2g}{scaled}, at which little is learnt; raise {remedy}")
     if updates < max(2 * warmup, LEAST_UPDATES):
         warnings.append(
-            f"only {updates} updates, {warmup} of them warm-up: too few to learn much. Raise epochs or repeat"
-            + (", or lower warmup_epochs" if warmup > updates / 2 else "")
+            f"only {number_of(updates, 'update')}, {warmup} of them warm-up: too few to learn much. Raise "
+            "epochs or repeat" + (", or lower warmup_epochs" if warmup > updates / 2 else "")
         )
+    names = ", ".join(train_set.classes[:SHOWN_CLASSES]) + ", ..." * (len(train_set.classes) > SHOWN_CLASSES)
     facts = [
         ("videos", _videos(train_set, val_set, recipe.dataset in SOURCES, warnings)),
+        *([("classes", names)] if names else []),
         ("model", f"{recipe.model}, {cost.params / 1e6:.2f} M parameters, weights: {weights}"),
         ("clip", f"{clip}: {cost.total_macs / 1e9:.3g} G multiply-adds"),
         (
             "updates",
-            f"{updates} of {recipe.batch_size * processes} clips: {recipe.epochs} epochs"
+            f"{updates} of {number_of(recipe.batch_size * processes, 'clip')}: {number_of(recipe.epochs, 'epoch')}"
             + (f" of {recipe.repeat} clips of each video" if recipe.repeat > 1 else ""),
         ),
-        ("rate", f"{rate:.3g} with {recipe.opt}, after {warmup} updates of warm-up"),
+        ("rate", f"{rate:.3g} with {recipe.opt}, after {number_of(warmup, 'update')} of warm-up"),
         *([("teacher", recipe.teacher)] if recipe.teacher else []),
     ]
     return Plan(facts, warnings, updates)
@@ -145,16 +149,23 @@ def _videos(train_set: Annotations, val_set: Annotations, is_cut: bool, warnings
     few = [name for name, count in zip(classes, train, strict=True) if count < 2]
     unseen = [name for name, count in zip(classes, val, strict=True) if not count]
     if few:
-        warnings.append(f"{len(few)} classes have fewer than two videos for training, first {few[0]}: add some")
+        warnings.append(
+            f"fewer than two videos for training in {number_of(len(few), 'class')}, first {few[0]}: add some"
+        )
     if unseen:
-        warnings.append(f"{len(unseen)} classes have no video for validation, first {unseen[0]}: it can't be measured")
+        warnings.append(
+            f"no video for validation in {number_of(len(unseen), 'class')}, first {unseen[0]}: it can't be measured"
+        )
     if sum(val) < LEAST_VAL:
         share = 100 / max(1, sum(val))
-        warnings.append(f"only {sum(val)} videos for validation: each is {share:.0f} points of accuracy")
+        warnings.append(f"only {number_of(sum(val), 'video')} for validation: each is {share:.0f} points of accuracy")
     largest, smallest = max(train), min(train)
     most, fewest = classes[train.index(largest)], classes[train.index(smallest)]
     spread = f"{smallest} ({fewest}) to {largest} ({most})" if largest > smallest else str(largest)
-    text = f"{sum(train)} for training, {spread} of each of {len(classes)} classes, and {sum(val)} for validation"
+    text = (
+        f"{sum(train)} for training, {spread} of each of {number_of(len(classes), 'class')}, and {sum(val)} "
+        "for validation"
+    )
     if is_cut:
         text += ", taken from the training part by source"
     missing = len(train_set.missing) + len(val_set.missing)

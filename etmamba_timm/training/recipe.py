@@ -12,6 +12,7 @@ from typing import SupportsFloat
 import yaml
 
 from ..clip import Clip
+from ..words import did_you_mean
 
 # Arguments of `timm.create_model` that can't be in model_args, and where they come from instead.
 SET_ELSEWHERE = {
@@ -242,7 +243,8 @@ def read_settings(name: str | Path, **overrides) -> dict:
     given |= overrides
     known = [f.name for f in fields(Recipe)]
     if unknown := sorted(map(str, given.keys() - {*known, EPOCH_UPDATES})):
-        raise RecipeError(f"{name}: unknown settings {', '.join(unknown)}; known are {', '.join(known)}")
+        meant = did_you_mean(unknown, known)
+        raise RecipeError(f"{name}: unknown settings {', '.join(unknown)}{meant}; known are {', '.join(known)}")
     return given
 
 

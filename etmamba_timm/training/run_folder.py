@@ -12,12 +12,15 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
+from ..words import number_of
+
 _logger = logging.getLogger(__name__)
 
 RUN_FILE, RECIPE_FILE = "run.json", "recipe.yaml"
 TRAIN_LOG, VAL_LOG = "train.csv", "val.csv"
 LAST_WEIGHTS, BEST_WEIGHTS = "last.safetensors", "best.safetensors"
 SPLIT = "split"
+VIDEOS = {"classes", "videos", "val_videos"}  # what run.json says of them
 MODEL, SCORES, TENSORBOARD = "model", "scores.safetensors", "tensorboard"
 
 
@@ -69,13 +72,15 @@ class RunFolder:
             if not differing:
                 return
             if started and differing == ["epochs"] and run["epochs"] > known["epochs"]:
-                _logger.info("%s goes on, for %d epochs instead of %d", self.path, run["epochs"], known["epochs"])
+                epochs = number_of(run["epochs"], "epoch")
+                _logger.info("%s goes on, for %s instead of %d", self.path, epochs, known["epochs"])
                 (self / SCORES).unlink(missing_ok=True)
             elif started:
                 changes = "; ".join(
                     f"{key}: {known.get(key)!r:.80} there, {run.get(key)!r:.80} now" for key in differing
                 )
-                raise RunError(f"{self.path} contains a run with other settings ({changes}); choose another folder")
+                what = "with other settings" if set(differing) - VIDEOS else "on other videos"
+                raise RunError(f"{self.path} contains a run {what} ({changes}); choose another folder for the new run")
         self.check()
         self.path.mkdir(parents=True, exist_ok=True)
         _write(self / RECIPE_FILE, recipe)
@@ -140,6 +145,15 @@ class RunFolder:
         draft = self / f".{to}"
         shutil.copyfile(self / name, draft)
         os.replace(draft, self / to)
+
+
+def training_videos(run: str | Path, root: Path) -> set[Path]:
+    """The videos below `root` that a run was trained on, if it had split one folder; none if it hadn't."""
+    file = Path(run, SPLIT, "train.csv")
+    if not file.is_file():
+        return set()
+    with file.open(newline="", encoding="utf-8") as text:
+        return {root / row["video"] for row in csv.DictReader(text)}
 
 
 class Log:

@@ -37,6 +37,7 @@ from ..data import Annotations
 from ..data.augment import blend_still
 from ..data.dataset import seeded
 from ..models import EtMamba
+from ..words import number_of
 from .card import run_card
 from .distill import Distillation, named_as
 from .evaluate import Scores, evaluate
@@ -167,7 +168,7 @@ class _Training:
         """Trains from the latest state, if there is one, to the end."""
         if states := self.run.states():
             self.accelerator.load_state(str(states[0]))
-            _logger.info("resuming after %d updates", self.progress.update)
+            _logger.info("resuming after update %d", self.progress.update)
         self.scheduler.step_update(self.progress.update)
         if self.is_main:
             self.run.tidy()
@@ -339,7 +340,7 @@ class _Training:
                 self.run.copy_weights(LAST_WEIGHTS, BEST_WEIGHTS)
             self.val_log.add(update=self.progress.update, epoch=epoch, **{k: metrics[k] for k in VAL_COLUMNS[2:]})
             percents = 100 * metrics["top1"], 100 * self.progress.best
-            _logger.info("epoch %d: top-1 %.2f%%, best %.2f%%", epoch + 1, *percents)
+            _logger.info("epoch %d: top-1 %.2f%%, best %.2f%% (one view of each video)", epoch + 1, *percents)
 
     def scores(self, weights: str) -> Scores:
         """Evaluates weights of the run's folder on the validation videos; the processes share the work."""
@@ -356,7 +357,7 @@ class _Training:
             )
         except ValueError as error:
             raise TrainingError(
-                f"validation after {self.progress.update} updates: {error}. If the weights have diverged, start a "
+                f"validation after update {self.progress.update}: {error}. If the weights have diverged, start a "
                 "new run with a lower lr, or with clip_grad"
             ) from error
 
@@ -368,7 +369,7 @@ class _Training:
             self.accelerator.save_state(str(self.run.draft(self.progress.update)))
         except (OSError, RuntimeError, SafetensorError) as error:  # on a full disk, writers raise different errors
             raise TrainingError(
-                f"the state after {self.progress.update} updates can't be saved in {self.run.path} ({error}); free "
+                f"the state after update {self.progress.update} can't be saved in {self.run.path} ({error}); free "
                 "some space and run the same command again to resume from the previous state"
             ) from error
         self.accelerator.wait_for_everyone()
@@ -387,8 +388,10 @@ class _Training:
         self.run.drop_model()
         scores.save(self.run / SCORES)
         processes, best_epoch = self.accelerator.num_processes, self.progress.best_epoch
-        views = self.recipe.num_clips * self.recipe.num_crops
-        _logger.info("the model is that of epoch %d, evaluated with %d views of each video", best_epoch + 1, views)
+        views = number_of(self.recipe.num_clips * self.recipe.num_crops, "view")
+        _logger.info(
+            "the model is that of epoch %d; its final accuracy is over %s of each video", best_epoch + 1, views
+        )
         videos = len(self.data) // self.recipe.repeat
         card = run_card(self.recipe, processes, best_epoch, videos, scores.metrics())
         params = sum(p.numel() for p in self.eval_model.parameters())
@@ -447,12 +450,12 @@ def _check(recipe: Recipe, train_set: Annotations, val_set: Annotations, acceler
     updates = len(train_set.samples) * recipe.repeat // (recipe.batch_size * processes)
     if not updates:
         raise TrainingError(
-            f"{len(train_set.samples)} videos are too few for a batch of {recipe.batch_size} in each of {processes} "
-            "processes; lower batch_size (--set batch_size=N), or take several clips of each (repeat)"
+            f"too few videos ({len(train_set.samples)}) for a batch of {recipe.batch_size} in each process "
+            f"({processes}); lower batch_size (--set batch_size=N), or take several clips of each (repeat)"
         )
     if round(recipe.warmup_epochs * updates) >= recipe.epochs * updates:
         raise TrainingError(
-            f"warmup_epochs {recipe.warmup_epochs:g} leaves no update after it in {recipe.epochs} epochs; lower it"
+            f"warmup_epochs {recipe.warmup_epochs:g} leaves no update after it, with epochs={recipe.epochs}; lower it"
         )
     if not train_set.classes and not recipe.teacher:
         raise TrainingError("the training videos have no labels; set teacher, whose labels are then learnt")

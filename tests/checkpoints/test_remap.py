@@ -96,7 +96,7 @@ def test_an_optimizer_that_knows_names_is_no_model():
     [
         ({}, "it holds nothing"),
         ([WEIGHTS], "it holds a list"),
-        ({"a": 1, "b": 2, "c": 3, "d": 4, "e": 5}, "it holds 5 entries, such as a, b, c and 2 more"),
+        ({"a": 1, "b": 2, "c": 3, "d": 4, "e": 5}, "it holds entries such as a, b, c and 2 more (5 in all)"),
         ({"base_model.model.x.lora_A.weight": torch.ones(1)}, "merge them first, model.merge_and_unload()"),
     ],
 )

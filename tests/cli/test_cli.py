@@ -77,6 +77,32 @@ def test_compiled_models_give_the_same(folder, tmp_path, monkeypatch, capsys):
     torch.testing.assert_close(compiled_features, features)
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("features x.mp4 --model local-dir:none -o x.npy", "x.npy: features are written as .safetensors"),
+        ("features x.mp4 --model local-dir:none -o no/x", "no: no such folder"),
+        ("teach --model local-dir:none --data none -o x.npy", "x.npy: features are written as .safetensors"),
+        ("eval --model local-dir:none --data none --scores no/s", "no: no such folder"),
+        ("timeline x.mp4 --model local-dir:none -o x.txt", "x.txt: plots are written as"),
+        ("timeline x.mp4 --model local-dir:none --segments x.txt", "x.txt: segments are written as"),
+        ("analyze tsne --model local-dir:none --data none -o x.txt", "x.txt: plots are written as"),
+        ("analyze erf x.mp4 --model local-dir:none -o x.txt", "x.txt: plots are written as"),
+        ("analyze confusion none -o x.txt", "x.txt: plots are written as"),
+        ("analyze cost --rows none -o x.txt", "x.txt: plots are written as"),
+        ("export local-dir:none -o x.txt", "x.txt: choose a file name that ends in"),
+        ("convert none.pth full", "full exists already; name another folder"),
+        ("train --data none --dataset folders -o full", "full exists and contains no run"),
+    ],
+)
+def test_the_output_is_checked_before_anything_is_read(command, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    assert main(command.split()) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_predict_alone_names_the_sample(capsys):
     """Its file name says what it shows."""
     assert main(["predict", "--topk", "1"]) == 0
@@ -144,10 +170,10 @@ def test_features_are_kept_when_interrupted(trained, folder, monkeypatch, capsys
     import etmamba_timm.data.dataset
 
     class Interrupted(etmamba_timm.data.VideoReader):
-        def __init__(self, path):
+        def __init__(self, path, warn):
             if path.name == "other.webm":
                 raise KeyboardInterrupt
-            super().__init__(path)
+            super().__init__(path, warn)
 
     monkeypatch.setattr(etmamba_timm.data.dataset, "open_video", Interrupted)
     assert (
@@ -358,7 +384,7 @@ def test_messages_name_this_commands_options(message, shown):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["predict", "--modle", "x"], "usage: etmamba predict .*arguments: --modle; did you mean --model?"),
+        (["predict", "--modle", "x"], "usage: etmamba predict .*arguments: --modle .did you mean --model?."),
         (["analyze", "tsne", "--model=a", "--data=b", "-o=c", "--dta", "x"], "did you mean --data?"),
         (["--nothing"], "usage: etmamba .*unrecognized arguments: --nothing$"),
     ],

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from etmamba_timm.cli import main
 from etmamba_timm.training.recipe import load_recipe
 
 SHORT = ("epochs=1", "epoch_updates=2", "warmup_epochs=0", "batch_size=2", "num_clips=1", "num_crops=1")
+CLASSES = ["down", "left", "right", "up"]
 SMALL = (*SHORT, "pretrained=false", "model_args={embed_dim: 16, depth: 1}", "opt=adamw", "opt_args={}")
 
 
@@ -58,13 +60,45 @@ def test_a_folder_is_split_and_the_split_stays(clips, tmp_path, capsys):
     assert (run / "last.safetensors").read_bytes() == weights
     with (run / "split" / "val.csv").open() as file:
         held_out = [row["video"] for row in csv.DictReader(file)]
-    assert sorted(Path(video).parent.name for video in held_out) == ["down", "left", "right", "up"]
+    assert sorted(Path(video).parent.name for video in held_out) == CLASSES
     model = ["--model", f"local-dir:{run / 'model'}", "--data", str(data)]
     capsys.readouterr()
     assert main(["eval", *model]) == 0
-    assert ", 13 videos" in capsys.readouterr().out
-    assert main(["eval", *model, "--dataset", "list", "--annotations", str(run / "split")]) == 0
-    assert ", 4 videos" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert ", 13 videos, 1 clip × 1 crop of each" in out
+    held_out = ["--dataset", "list", "--annotations", str(run / "split")]
+    assert "the model was trained on 8 of 13 videos that it is evaluated on" in err
+    assert f"add {' '.join(held_out)}\n" in err
+    weights = ["--model", "etmamba_ti", "--checkpoint", str(run / "last.safetensors"), "--data", str(data)]
+    assert main(["eval", *weights]) == 0
+    assert "was trained on 8 of 13" in capsys.readouterr().err
+    assert main(["eval", *model, *held_out]) == 0
+    out, err = capsys.readouterr()
+    assert ", 4 videos" in out
+    assert "warning" not in err
+
+
+def test_weights_beside_a_model_keep_its_names(clips, tmp_path, capsys):
+    """`last.safetensors` in place of the folder's own weights."""
+    run, video = tmp_path / "run", str(clips / "up" / "0.mp4")
+    assert train(clips, run, "--set", *SMALL) == 0
+    for more in (["--checkpoint", str(run / "last.safetensors")], []):
+        capsys.readouterr()
+        assert main(["predict", video, "--model", f"local-dir:{run / 'model'}", *more, "--topk", "4"]) == 0
+        assert sorted(line.split()[1] for line in capsys.readouterr().out.splitlines()[1:]) == CLASSES
+
+
+def test_another_folder_for_the_same_run(clips, tmp_path, capsys):
+    run, other = tmp_path / "run", write_shapes(tmp_path / "other", 5, seed=1)
+    assert train(clips, run, "--set", *SMALL) == 0
+    shared = sorted(path for path in other.glob("*/*.mp4") if (clips / path.relative_to(other)).exists())
+    for gone in (shared[:4], shared[4:]):  # some of the run's videos are missing at first, and then all
+        for path in gone:
+            path.unlink()
+        capsys.readouterr()
+        assert train(other, run, "--set", *SMALL) == 2
+        said = rf"{run} contains a run on other videos \(.*; choose another folder for the new run"
+        assert re.search(said, capsys.readouterr().err)
 
 
 def test_validation_is_taken_from_the_training_part_by_source(clips, tmp_path, capsys):
@@ -93,7 +127,7 @@ def test_validation_is_taken_from_the_training_part_by_source(clips, tmp_path, c
 def test_a_run_that_could_not_start_does_not_keep_its_split(clips, tmp_path, capsys):
     run = tmp_path / "run"
     assert train(clips, run, "--set", "batch_size=64", "epoch_updates=0") == 2
-    assert "8 videos are too few for a batch of 64" in capsys.readouterr().err
+    assert "too few videos (8) for a batch of 64" in capsys.readouterr().err
     write_shapes(tmp_path / "other", 5, seed=1)
     assert train(tmp_path / "other", run, "--set", *SMALL) == 0
     assert len((run / "split" / "train.csv").read_text().splitlines()) == 1 + 4 * 4

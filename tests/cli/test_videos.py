@@ -18,6 +18,7 @@ from etmamba_timm import features
 from etmamba_timm.cli import main
 from etmamba_timm.features import read_features
 from etmamba_timm.predict import extract_features, load_model
+from etmamba_timm.words import number_of
 
 MODEL = ["--model", "videomamba_ti", "--checkpoint", "w.safetensors"]
 FILES = [f"{i}.mp4" for i in range(7)]
@@ -103,10 +104,10 @@ from etmamba_timm.data import VideoReader
 from etmamba_timm.cli import main
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in what they run in the background
 class Waiting(VideoReader):
-    def __init__(self, path):
+    def __init__(self, path, warn):
         while path.name == {FILES[5]!r} and not pathlib.Path({str(tmp_path / "stopped")!r}).exists():
             time.sleep(0.05)
-        super().__init__(path)
+        super().__init__(path, warn)
 dataset.open_video = Waiting
 raise SystemExit(main({["features", *FILES, *MODEL, "--num-crops", "3", "-o", str(tmp_path / output)]!r}))
 """
@@ -149,7 +150,7 @@ def test_processes_share_the_files(expected, tmp_path, capfd, count):
     """One file leaves the second process without any."""
     command = ["features", *FILES[:count], *MODEL, "--num-crops", "3", "--workers", "1", "-o", str(tmp_path / "f")]
     done = subprocess.run([*TORCHRUN, *command], capture_output=True, text=True, timeout=200)
-    assert done.stderr.count(f"features of {min(count, 6)} of {count} files") == 1
+    assert done.stderr.count(f"features of {min(count, 6)} of {number_of(count, 'file')}:") == 1
     assert done.stderr.count("is a text file, not a video") == (count == 7)
     check(tmp_path / "f", expected[:count], [name for name in FILES[:count] if name != FILES[2]])
     assert not list(tmp_path.rglob("*.partial"))

@@ -1,6 +1,7 @@
 """Each dataset's official files, in small trees of their official layout. Where nothing is decoded, files are empty."""
 
 import json
+import re
 
 import pytest
 from trees import found, tree
@@ -10,6 +11,7 @@ from etmamba_timm.data import (
     AnnotationError,
     VideoReader,
     read_breakfast,
+    read_dataset,
     read_folders,
     read_hmdb51,
     read_kinetics,
@@ -79,9 +81,9 @@ def test_files_that_are_left_out_are_counted(tmp_path, caplog):
     root = tree(tmp_path, *names, "run/.b.json")
     assert len(read_folders(root).samples) == 2
     assert "3 files" not in caplog.text
-    assert "4 files in folders of classes are left out, as they are no videos by their suffix: " in caplog.text
+    assert "4 files in folders of classes left out, no video by the suffix: " in caplog.text
     assert "2 .json, 1 .jpg (pictures), 1 without suffix; first " + str(root / "jump/1.jpg") in caplog.text
-    assert f"1 videos lie in no folder of a class, first {root / 'loose.mp4'}" in caplog.text
+    assert f"1 video in no folder of a class, first {root / 'loose.mp4'}" in caplog.text
     caplog.clear()
     read_folders(tree(tmp_path / "clean", "run/a.mp4", "jump/b.gif"))
     assert not caplog.text
@@ -91,12 +93,36 @@ def test_files_that_are_left_out_are_counted(tmp_path, caplog):
         read_folders(tree(tmp_path / "frames", "run/1.png", "run/2.png"))
 
 
+@pytest.mark.parametrize(
+    ("files", "right"),
+    [
+        (["clips/run/a.mp4", "clips/walk/b.mp4"], "clips"),
+        (["clips/train/run/a.mp4", "clips/val/run/b.mp4", "papers/x.pdf"], "clips"),
+        (["a/b/c/run/a.mp4", "a/b/c/walk/b.mp4"], "a/b/c"),
+        (["clips/run/a.mp4"], "clips"),
+        (["train/clips/run/a.mp4", "train/clips/walk/a.mp4", "val/clips/run/b.mp4"], "train/clips"),
+    ],
+)
+def test_a_folder_above_that_of_the_classes_is_refused(tmp_path, files, right):
+    root = tree(tmp_path, *files)
+    with pytest.raises(AnnotationError, match=rf"would be a single class, .*; give {re.escape(str(root / right))}$"):
+        read_dataset("folders", root, "train")
+
+
+def test_classes_in_folders_of_their_own_are_told_of(tmp_path, caplog):
+    """They may be meant, as where each class has a folder for each person; then a line does no harm."""
+    root = tree(tmp_path, "one/run/a.mp4", "one/walk/b.mp4", "two/run/c.mp4", "flat/d.mp4", "flat/more/e.mp4")
+    assert read_folders(root).classes == ["flat", "one", "two"]
+    assert "all videos of 2 of 3 classes, first one, lie in folders below the class's" in caplog.text
+    assert f"give another folder, such as {root / 'one'}" in caplog.text
+
+
 def test_folders_of_frames(tmp_path, caplog):
     """They are videos where a class has no video files; otherwise they may be thumbnails, and are told of."""
     names = ["run/a/1.jpg", "run/a/2.jpg", "run/b.x/img_1.PNG", "run/b.x/notes.txt", "run/c/.1.jpg", "run/d/e/1.jpg"]
     read = read_folders(tree(tmp_path, *names, "jump/a.mp4", "jump/thumbs/a.jpg"))
     assert found(read, tmp_path) == [("jump/a.mp4", "jump"), *((f"run/{name}", "run") for name in ("a", "b.x", "d/e"))]
-    assert "2 files in folders of classes are left out" in caplog.text
+    assert "2 files in folders of classes left out" in caplog.text
     assert "jump/thumbs/a.jpg" in caplog.text
 
 

@@ -1,5 +1,6 @@
 """Datasets of clips from real encoded files, damaged ones among them; transforms alike on all frames."""
 
+import logging
 import random
 from itertools import pairwise
 
@@ -18,6 +19,7 @@ from etmamba_timm.data import (
     TrainTransform,
     VideoError,
     collate,
+    read_ahead,
 )
 from etmamba_timm.data.augment import blend_still
 
@@ -74,6 +76,33 @@ def test_training_takes_the_next_video_for_one_that_cannot_be_decoded(annotation
     bad = Annotations(annotations.samples[2:] * 3, annotations.classes, [])
     with pytest.raises(VideoError, match="c.mp4: 3 videos in a row, starting with this one, can't be decoded"):
         TrainClips(bad, as_numbers, Clip(4, 2))[1]
+
+
+def test_a_broken_file_is_told_of_once_by_all_workers_in_all_passes(tmp_path):
+    """A file that can't be read, one whose end is missing, and both again as further clips and in evaluations."""
+    good = write_video(tmp_path / "a.mp4", 60)
+    (tmp_path / "none.mp4").write_bytes(good.read_bytes()[:200])
+    write_video(tmp_path / "cut.mp4", 60, container={"movflags": "faststart"})
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "cut.mp4").read_bytes()[:-1500])
+    samples = [(tmp_path / name, 0) for name in ("a.mp4", "none.mp4", "cut.mp4")]
+    logger, handler = logging.getLogger("etmamba_timm"), logging.FileHandler(tmp_path / "log")
+    logger.addHandler(handler)  # also in the workers
+    try:
+        training = TrainClips(Annotations(samples * 2, ["a"], []), as_numbers, Clip(4, 2))
+        for training.epoch in range(3):
+            list(DataLoader(training, batch_size=2, num_workers=2, collate_fn=collate))
+        told = (tmp_path / "log").read_text().splitlines()
+        evaluation = EvalClips(Annotations(samples, ["a"], []), EvalTransform((32, 32)), Clip(4, 2))
+        for _ in range(2):
+            for index, clip in read_ahead(evaluation.views(), range(3), workers=2):
+                if isinstance(clip, VideoError):
+                    evaluation.leave_out(index, clip)
+    finally:
+        logger.removeHandler(handler)
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert sorted(told) == sorted(lines[len(told) :])
+    assert len(told) == 2
+    assert sum("none.mp4" in line for line in told) == sum("the file is cut off" in line for line in told) == 1
 
 
 def test_evaluation_leaves_out_what_cannot_be_decoded(annotations, caplog):

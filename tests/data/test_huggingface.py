@@ -149,7 +149,7 @@ def test_missing_videos_are_counted(files, caplog):
     read = read_huggingface(made)
     assert read.samples == [(files[0], 0), (files[1], 1)]
     assert read.missing == ["gone.mp4", "row 3, empty"]
-    assert "2 of 4 videos are missing and left out" in caplog.text
+    assert "2 of 4 videos missing and left out" in caplog.text
     with pytest.raises(AnnotationError, match="lists 3 videos, 2 of which aren't there.*save it with the videos in it"):
         read_huggingface(made.select([0, 2, 3]))
 

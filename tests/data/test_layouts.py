@@ -198,7 +198,7 @@ def test_classes_as_the_models(tmp_path):
     read = with_classes(read_dataset("folders", tmp_path, "val"), ["b", "x", "a"])
     assert [(path.parent.name, label) for path, label in read.samples] == [("a", 2), ("b", 0)]
     assert read.classes == ["b", "x", "a"]
-    with pytest.raises(AnnotationError, match="1 of the dataset's 2 classes are none of the model's 2: b"):
+    with pytest.raises(AnnotationError, match="1 of 2 classes of the dataset are none of the model's 2: b"):
         with_classes(read_dataset("folders", tmp_path, "val"), ["a", "x"])
     with pytest.raises(AnnotationError, match="two of the model's classes are called 'a'"):
         with_classes(read, ["a", "b", "a"])

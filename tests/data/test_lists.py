@@ -40,7 +40,7 @@ def test_list_of_names(tmp_path):
     assert found(read_list(path, root), root) == [("a.mp4", "walk"), ("b.mp4", "run")]
     assert read_list(path, root).classes == ["run", "walk"]
     assert read_list(path, root, ["walk", "run", "sit"]).classes == ["walk", "run", "sit"]
-    with pytest.raises(AnnotationError, match=r"labels \['run'\] are none of the 1 classes"):
+    with pytest.raises(AnnotationError, match=r"labels \['run'\] are none of 1 class"):
         read_list(path, root, ["walk"])
     path.write_text('a.mp4,"Putting a, b on c"\nb.mp4,run\n')
     assert found(read_list(path, root), root) == [("a.mp4", "Putting a, b on c"), ("b.mp4", "run")]
@@ -87,7 +87,7 @@ def test_missing_videos_are_counted_and_too_many_are_an_error(tmp_path, caplog):
     read = read_list(root / "list.txt")
     assert [label for _, label in read.samples] == [0, 1]
     assert [Path(name).name for name in read.missing] == ["gone.mp4"]
-    assert "1 of 3 videos are missing and left out" in caplog.text
+    assert "1 of 3 videos missing and left out" in caplog.text
     (root / "list.txt").write_text("a.mp4 0\n" + "".join(f"gone{i}.mp4 1\n" for i in range(3)))
     with pytest.raises(AnnotationError, match="lists 4 videos, 3 of which aren't there"):
         read_list(root / "list.txt")
@@ -163,7 +163,7 @@ def test_a_header_that_only_the_label_tells(tmp_path, caplog):
     assert "line 1 ('video class') is taken for a header" in caplog.text
     caplog.clear()
     assert len(listed(root, "7 run\n" + rows)) == 4
-    assert "1 of 5 videos are missing" in caplog.text
+    assert "1 of 5 videos missing" in caplog.text
     assert "taken for a header" not in caplog.text
 
 
@@ -204,7 +204,7 @@ def test_labels_from_one_are_told(root, caplog):
     read = listed(root, "v/0.mp4 1\nv/1.mp4 2\nv/2.mp4 3\n")
     assert [label for _, label in read] == ["1", "2", "3"]
     assert "the labels are 1 to 3, but classes count from 0: the model gets 4 classes" in caplog.text
-    assert "subtract 1 from the labels for 3 classes" in caplog.text
+    assert "subtract 1 from the labels for 3" in caplog.text
     caplog.clear()
     listed(root, "v/0.mp4 0\nv/1.mp4 5\n")
     assert "4 of the 6 numbered classes, 0 to 5, have no videos" in caplog.text
@@ -243,7 +243,7 @@ def test_the_same_video_with_other_labels_is_told(root, caplog):
         ("v/0.mp4,\x00\0\nv/9\0.mp4,a\nv/8.mp4,b\n", "."),
         ('""\n', "line 1: .* has no label"),
         ("# nothing\n", "lists no videos"),
-        ("video,label\n", "lists 1 videos, 1 of which aren't there"),
+        ("video,label\n", "lists 1 video, 1 of which aren't there"),
     ],
 )
 def test_what_cannot_be_read_is_told_by_line(root, text, message):
@@ -314,9 +314,7 @@ def test_one_row_of_validation_under_a_header(tmp_path):
     read = read_dataset("list", tmp_path, "val")
     assert (read.classes, found(read, tmp_path)) == (["run", "walk"], [("v/5.mp4", "walk")])
     (tmp_path / "val.csv").write_text("video,action\nv/5.mp4,jump\n")
-    with pytest.raises(
-        AnnotationError, match=r"val.csv: labels \['jump'\] are none of the 2 classes \['run', 'walk'\]"
-    ):
+    with pytest.raises(AnnotationError, match=r"val.csv: labels \['jump'\] are none of 2 classes \['run', 'walk'\]"):
         read_dataset("list", tmp_path, "val")
 
 

@@ -162,7 +162,7 @@ def test_from_model_of_other_channels():
         ({"size": (224,)}, r"give \(height, width\)"),
         ({"size": (0, 224)}, "each 1 or more"),
         ({"mean": (0.5, 0.5)}, r"mean has 2 values and std 3; give 3 each \(RGB\) or 1 each"),
-        ({"mean": (0.5,)}, "mean has 1 values and std 3"),
+        ({"mean": (0.5,)}, "mean has 1 value and std 3"),
         ({"std": (0.5, 0.0, 0.5)}, "every value must be above 0"),
         ({"interpolation": "lanczos"}, "'lanczos'; choose one of bilinear, bicubic, nearest"),
         ({"crop_pct": 0.0}, "above 0 and at most 1"),

@@ -75,6 +75,17 @@ class TestEveryRow:
         assert torch.equal(last, maps[2].flatten(2).transpose(1, 2))
         assert model.forward_intermediates(clip[:, :, 0], intermediates_only=True)[0].shape == (2, 16, 2, 2)
 
+    def test_intermediate_layers_as_dino_names_them(self, name, clip):
+        """With the arguments of timm's VisionTransformer."""
+        model = small(name)
+        maps = model.forward_intermediates(clip, intermediates_only=True)
+        (last,) = model.get_intermediate_layers(clip)
+        assert torch.equal(last, maps[2].flatten(2).transpose(1, 2))
+        first, _ = model.get_intermediate_layers(clip, n=[0, 2], reshape=True)
+        assert torch.equal(first, maps[0])
+        [(tokens, prefix)] = model.get_intermediate_layers(clip, 1, return_prefix_tokens=True, norm=True)
+        assert torch.equal(torch.cat([prefix, tokens], 1), model.forward_features(clip))
+
     def test_features_only(self, name, clip):
         torch.manual_seed(0)
         model = timm.create_model(name, **SMALL, features_only=True, out_indices=(0, 2)).eval()

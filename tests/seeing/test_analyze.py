@@ -91,7 +91,7 @@ def test_tsne_keeps_clusters_apart(tmp_path):
     assert torch.equal(tsne(features), points)
     plot_tsne(features, labels, ["a", "b", "c"], tmp_path / "t.png", num_classes=2)
     assert (tmp_path / "t.png").read_bytes().startswith(PNG)
-    with pytest.raises(ValueError, match="3 videos are too few"):
+    with pytest.raises(ValueError, match="3 videos: too few"):
         tsne(features[:3])
 
 

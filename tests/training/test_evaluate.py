@@ -114,7 +114,7 @@ def test_saved_scores_come_back(tmp_path):
 def test_nothing_to_score(model, clips):
     bad = [sample for i, sample in enumerate(clips.annotations.samples) if i in (4, 10)]
     clips.annotations = Annotations(bad, clips.annotations.classes, [])
-    with pytest.raises(ValueError, match="none of the 2 videos can be decoded"):
+    with pytest.raises(ValueError, match="none of 2 videos can be decoded"):
         evaluate(model, clips)
 
 

@@ -105,6 +105,7 @@ def test_facts():
     train, val = videos(3, 40), videos(2, 10)
     facts = dict(make_plan(finetuned(train), train, val).facts)
     assert facts["videos"] == "43 for training, 3 (class 0) to 40 (class 1) of each of 2 classes, and 12 for validation"
+    assert facts["classes"] == "class 0, class 1"
     assert facts["model"].endswith("weights: etmamba_ti.mocap (in the package)")
     assert facts["clip"].startswith("8 frames of 64×64, spread over the whole video: 1.")
     assert "of 16 clips: 10 epochs of 8 clips of each video" in facts["updates"]
@@ -136,8 +137,8 @@ GOOD = videos(20, 20), videos(9, 9)
         (*GOOD, {"epochs": 2}, "updates, 20 of them warm-up: too few to learn much. Raise epochs or repeat"),
         (*GOOD, {"warmup_epochs": 8}, "Raise epochs or repeat, or lower warmup_epochs"),
         (GOOD[0], videos(3, 2), {}, "only 5 videos for validation: each is 20 points of accuracy"),
-        (videos(20, 1), GOOD[1], {}, "1 classes have fewer than two videos for training, first class 1: add some"),
-        (GOOD[0], videos(20, 0), {}, "1 classes have no video for validation, first class 1: it can't be measured"),
+        (videos(20, 1), GOOD[1], {}, "fewer than two videos for training in 1 class, first class 1: add some"),
+        (GOOD[0], videos(20, 0), {}, "no video for validation in 1 class, first class 1: it can't be measured"),
     ],
 )
 def test_warnings(train, val, overrides, said):

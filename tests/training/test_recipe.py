@@ -83,7 +83,7 @@ def test_checkpointing_is_a_number_of_blocks_or_whether_at_all():
         ({"grad_checkpointing": -1}, "grad_checkpointing is -1; it must be 0 or more"),
         ({"grad_checkpointing": "some"}, "grad_checkpointing is 'some'; it must be int"),
         ({"compile": "fast"}, "compile is 'fast'; it must be bool"),
-        ({"epoch": 3}, "unknown settings epoch; known are dataset, split, model"),
+        ({"epoch": 3}, r"unknown settings epoch \(did you mean epochs\?\); known are dataset, split, model"),
         ({"epochs": 2.5}, "epochs is 2.5; it must be int"),
         ({"epochs": 0}, "epochs is 0; it must be 1 or more"),
         ({"lr": "fast"}, "lr is 'fast'; it must be float"),

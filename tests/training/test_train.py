@@ -175,7 +175,7 @@ def test_a_full_disk_loses_nothing(done, recipe, data, tmp_path):
     full = ["sh", "-c", 'ulimit -f 128 && exec "$@"', "sh", *command]  # 128 blocks of 512 bytes
     stopped = subprocess.run(full, capture_output=True, text=True, timeout=200)
     assert stopped.returncode == 2
-    assert f"the state after 2 updates can't be saved in {run}" in stopped.stderr
+    assert f"the state after update 2 can't be saved in {run}" in stopped.stderr
     assert "Traceback" not in stopped.stderr
     assert not list(run.glob("state-*"))
     again = subprocess.run(command, capture_output=True, text=True, timeout=200)
@@ -249,13 +249,13 @@ def test_gradients_that_explode_stop_it(recipe, data, tmp_path, capsys):
     assert "20 updates in a row weren't finite; lower lr, set clip_grad" in told
     assert str(tmp_path / "run") in told
     assert main(arguments(recipe, data, tmp_path / "run2", *settings)) == 2
-    assert "validation after 5 updates: the scores aren't finite" in capsys.readouterr().err
+    assert "validation after update 5: the scores aren't finite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (("batch_size=64",), "44 videos are too few for a batch of 64 in each of 1 processes; lower batch_size"),
+        (("batch_size=64",), "too few videos (44) for a batch of 64 in each process (1); lower batch_size"),
         (("checkpoint=nowhere.pth",), "nowhere.pth: no such checkpoint"),
         (("dataset=kinetics",), "holds no train.csv"),
         (("epoch=1",), "unknown settings epoch"),

@@ -52,9 +52,9 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     text = "where the logs go too: tensorboard (default), wandb, mlflow, ... (accelerate's names)"
     train.add_argument("--trackers", nargs="+", default=["tensorboard"], metavar="NAME", help=text)
     text = (
-        "train no more than a classifier: linear (default), on features computed once (the folder gets the model, and "
+        "train the classifier alone: linear (default), on features computed once (the folder gets the model, and can't "
     )
-    text += "can't be resumed), or attentive, an attention pooling before it (any run with a frozen backbone)"
+    text += "be resumed), or attentive, with an attention pooling before it (a run with a frozen backbone)"
     train.add_argument("--probe", nargs="?", const="linear", choices=["linear", "attentive"], help=text)
     train.add_argument("--dry-run", action="store_true", help="say what the run would do, and stop")
     train.set_defaults(run=_train)
@@ -118,7 +118,7 @@ def _run(args: argparse.Namespace) -> dict[str, float]:
     settings = read_settings(args.recipe, **settings)
     if args.probe == "attentive":
         settings["freeze_backbone"] = True
-        settings["model_args"] = settings.get("model_args", {}) | {"global_pool": "map"}
+        settings["model_args"] = dict(settings.get("model_args") or {}, global_pool="map")
     settings["dataset"] = settings.get("dataset") or find_layout(args.data, args.annotations)
     train_set, val_set, lists = _datasets(args, settings)
     processes = int(os.environ.get("WORLD_SIZE", 1))

@@ -70,7 +70,7 @@ _DOCSTRING = """{title} with {stem} and {block}; width {embed_dim}, depth {depth
         img_size (int or (int, int)): height and width of the position embeddings' grid, in pixels. Default 224.
         num_frames (int): length of the temporal position embedding, in frames. Default 16.
         in_chans (int): channels of a clip. Default 3.
-        global_pool (str): 'token', 'avg' or ''. Default 'token'.
+        global_pool (str): 'token', 'avg', 'map' or ''. Default 'token'.
         drop_path_rate (float): stochastic depth. Default 0.1.
         Other arguments: see `etmamba_timm.models.EtMamba` and timm's `build_model_with_cfg`.
 

@@ -32,10 +32,10 @@ def packages():
         pytest.importorskip(name)
 
 
-def small(name: str = "etmamba_ti") -> EtMamba:
+def small(name: str = "etmamba_ti", **arguments) -> EtMamba:
     torch.manual_seed(0)
     sizes = {"img_size": 32, "num_frames": 2, "embed_dim": 16, "num_classes": 5, "depth": 1}
-    model = timm.create_model(name, **sizes).eval()
+    model = timm.create_model(name, **sizes, **arguments).eval()
     torch.nn.init.normal_(model.head.weight)  # otherwise all classes are about as likely
     return model
 
@@ -61,16 +61,17 @@ def test_any_batch_and_number_of_frames(exported, batch, frames):
 
 
 @pytest.mark.parametrize(
-    ("name", "file"),
+    ("name", "file", "global_pool"),
     [
-        ("etmamba_ti", "small.pt2"),
-        ("etmamba_ti", "small.xml"),
-        ("etmamba_ti_ebs", "small.onnx"),
-        ("videomamba_ti", "small.onnx"),
+        ("etmamba_ti", "small.pt2", "token"),
+        ("etmamba_ti", "small.xml", "token"),
+        ("etmamba_ti", "small.onnx", "map"),
+        ("etmamba_ti_ebs", "small.onnx", "token"),
+        ("videomamba_ti", "small.onnx", "token"),
     ],
 )
-def test_formats_and_blocks(tmp_path, name, file):
-    model = small(name)
+def test_formats_and_blocks(tmp_path, name, file, global_pool):
+    model = small(name, global_pool=global_pool)
     before = [p.clone() for p in model.parameters()]
     differences = export_model(model, tmp_path / file)
     assert differences.keys() == {"random", "video"}

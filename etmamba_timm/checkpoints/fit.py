@@ -48,6 +48,8 @@ def arguments_for(checkpoint: LoadedCheckpoint, variant: str, given: Mapping) ->
         out["img_size"] = (height * found["patch_size"], width * found["patch_size"])
     if checkpoint.folded:
         out["folded"] = True
+    if checkpoint.has_pool:
+        out["global_pool"] = "map"
     return {key: value for key, value in out.items() if key not in given}
 
 
@@ -57,7 +59,7 @@ def fit(checkpoint: LoadedCheckpoint, model: EtMamba) -> dict[str, Tensor]:
     Positions are resampled to the model's pictures and frames; an image checkpoint has no temporal ones, so the
     model's own stay, as in VideoMamba. Patch weight and stem are adapted to other channels. A folded model folds a
     checkpoint that isn't. A classifier for another number of classes is left out, and so is a stem that one side lacks
-    for its single channel; the model's own stay, which is logged.
+    for its single channel, and an attention pooling that one side lacks; the model's own stay, which is logged.
 
     The picture that positions are resampled from is the one the checkpoint states, else the model's own where the
     number of positions is the same, else a square.
@@ -94,6 +96,12 @@ def fit(checkpoint: LoadedCheckpoint, model: EtMamba) -> dict[str, Tensor]:
                 "the classifier is fresh: the checkpoint has %s, the model %d",
                 *(number_of(checkpoint.num_classes, "class"), model.num_classes),
             )
+    pool = {k: v for k, v in own.items() if k.startswith("attn_pool.")}
+    if pool and not checkpoint.has_pool:
+        out |= pool
+        _logger.warning("the attention pooling is fresh: the checkpoint has none")
+    elif checkpoint.has_pool and not pool:
+        _logger.warning("the checkpoint's attention pooling is left out: global_pool is %r", model.global_pool)
     return {key: out[key] for key in own}
 
 

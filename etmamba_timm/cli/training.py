@@ -52,8 +52,11 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     train.add_argument("--save-updates", type=positive, default=500, metavar="N", help="save the state every N updates")
     text = "where the logs go too: tensorboard (default), wandb, mlflow, ... (accelerate's names)"
     train.add_argument("--trackers", nargs="+", default=["tensorboard"], metavar="NAME", help=text)
-    text = "train the classifier alone, on features computed once (the folder gets the model, and can't be resumed)"
-    train.add_argument("--probe", choices=["linear"], help=text)
+    text = (
+        "train the classifier alone: linear (default), on features computed once (the folder gets the model, and can't "
+    )
+    text += "be resumed), or attentive, with an attention pooling before it (a run with a frozen backbone)"
+    train.add_argument("--probe", nargs="?", const="linear", choices=["linear", "attentive"], help=text)
     train.add_argument("--dry-run", action="store_true", help="say what the run would do, and stop")
     train.set_defaults(run=_train)
     basics = train.format_help
@@ -106,8 +109,8 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, float], tuple[int, int]]:
     """
     from ..data import find_layout, write_split
 
-    if args.probe and args.teacher:
-        raise ValueError("--probe learns the true labels alone; leave out --teacher, or train without --probe")
+    if args.probe == "linear" and args.teacher:
+        raise ValueError("a linear probe learns the true labels alone; leave out --teacher, or take --probe attentive")
     with extra("train"):
         from ..training.plan import make_plan, settle
         from ..training.probe import linear_probe
@@ -117,6 +120,9 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, float], tuple[int, int]]:
     given["checkpoint"] = args.checkpoint and str(args.checkpoint)
     settings = parse_overrides(args.set) | {name: value for name, value in given.items() if value is not None}
     settings = read_settings(args.recipe, **settings)
+    if args.probe == "attentive":
+        settings["freeze_backbone"] = True
+        settings["model_args"] = dict(settings.get("model_args") or {}, global_pool="map")
     settings["dataset"] = settings.get("dataset") or find_layout(args.data, args.annotations)
     train_set, val_set, lists = _datasets(args, settings)
     processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -131,14 +137,14 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, float], tuple[int, int]]:
     views = recipe.num_clips, recipe.num_crops
     if args.dry_run:
         return {}, views
-    if args.probe:
+    if args.probe == "linear":
         shown = sys.stderr.isatty()
         metrics = linear_probe(
             recipe, train_set, val_set, args.output, device=device(args), workers=args.workers, progress=shown
         )
     if lists is not None and is_first_process():  # after a probe, which wants an empty folder
         write_split(lists, args.data, train_set, val_set)
-    if args.probe:
+    if args.probe == "linear":
         return metrics, views
     metrics = train(
         recipe,

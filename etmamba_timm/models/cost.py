@@ -18,7 +18,7 @@ class Cost:
     Attributes:
         params: parameters.
         tokens: tokens of the clip, including the class token.
-        macs: multiply-adds of all linear maps and convolutions, including those at padded positions.
+        macs: multiply-adds of all linear maps, convolutions and attention, including those at padded positions.
         scan_macs: multiply-adds of the selective scans: for each token and channel of a direction, 4 per state
             (Δ·A, decay, input, read-out) plus 3 (Δ·u, D·u, gate). Exponentials aren't counted.
         videomamba_macs: `macs` as VideoMamba counts them: without the short convolutions, x_proj and dt_proj, which
@@ -66,6 +66,8 @@ def count_cost(model: EtMamba, num_frames: int | None = None, img_size: int | tu
         if hasattr(module, "A_log"):  # a mixer: two directions, with one SSM or two
             channels, states = module.A_log.shape
             scan += 2 * tokens * channels * (4 * states + 3)
+    if model.attn_pool is not None:
+        macs += 2 * tokens * model.embed_dim  # the query's products with the keys, and the sum of the values
     params = sum(p.numel() for p in model.parameters())
     return Cost(params, tokens, macs, scan, macs - hidden)
 
@@ -76,4 +78,4 @@ def _positions(name: str, tokens: int, patches: int, pixels: int) -> int:
         return pixels
     if name == "patch_embed.proj" or ".local.conv" in name:
         return patches
-    return 1 if name == "head" else tokens
+    return tokens if name == "attn_pool.kv" or not name.startswith(("attn_pool.", "head")) else 1

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Any, SupportsIndex
 
 import torch
-from timm.layers import get_device_dtype, trunc_normal_
+from timm.layers import AttentionPoolLatent, get_device_dtype, trunc_normal_
 from timm.models import checkpoint, named_apply, register_notrace_function
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args, update_model_input_size
@@ -19,7 +19,7 @@ from ..words import number_of
 _logger = logging.getLogger(__name__)
 _EXPORT = "use torch.export, or etmamba_timm.export for a file"
 
-POOLS = ("token", "avg", "")
+POOLS = ("token", "avg", "map", "")
 
 # One per block: tokens or maps, or pairs of them and the class token.
 Intermediates = list[Tensor] | list[tuple[Tensor, Tensor]]
@@ -37,7 +37,8 @@ class EtMamba(nn.Module):
         num_frames: length of the temporal position embedding, in frames.
         in_chans: channels of a clip, C.
         num_classes: number of classes; 0 for no classifier.
-        global_pool: 'token' (the class token), 'avg' (the mean of the patch tokens) or '' (all tokens).
+        global_pool: 'token' (the class token), 'avg' (the mean of the patch tokens), 'map' (timm's attention pooling
+            over all tokens, with weights of its own) or '' (all tokens).
         patch_size: side of a patch, in pixels.
         embed_dim: token width D.
         depth: number of blocks.
@@ -96,7 +97,6 @@ class EtMamba(nn.Module):
             _at_least(name, value, least)
         if not 0 <= drop_path_rate <= 1:
             raise ValueError(f"drop_path_rate is {drop_path_rate}; it must be between 0 and 1")
-        _check_choice("global_pool", global_pool, POOLS)
         _check_choice("stem", stem, STEMS)
         _check_choice("block", block, BLOCKS)
         stem_layer, block_layer = STEMS[stem], BLOCKS[block]
@@ -105,7 +105,6 @@ class EtMamba(nn.Module):
         self.stride: Stride = None
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.global_pool = global_pool
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.grad_checkpointing, self.checkpoint_every = False, 1
         self.patch_size = patch_size
@@ -136,6 +135,8 @@ class EtMamba(nn.Module):
             {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": patch_size} for i in range(depth)
         ]
         self.norm: nn.Module = block_layer.norm_layer(embed_dim, **dd)
+        self.attn_pool: AttentionPoolLatent | None = None
+        self._set_pool(global_pool, dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.init_weights()
@@ -205,6 +206,8 @@ class EtMamba(nn.Module):
             x = x[:, 0]
         elif self.global_pool == "avg":
             x = x[:, self.num_prefix_tokens :].mean(1)
+        elif self.attn_pool is not None:
+            x = self.attn_pool(x)
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
@@ -295,17 +298,29 @@ class EtMamba(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the head by a new one for `num_classes` (0 for none), and the pooling if one is given."""
+        """Replaces the head by a new one for `num_classes` (0 for none), and the pooling if another one is given."""
         _at_least("num_classes", num_classes, 0)
+        dd = get_device_dtype(self)
         if global_pool is not None:
-            _check_choice("global_pool", global_pool, POOLS)
-            self.global_pool = global_pool
+            self._set_pool(global_pool, dd)
+            update_model_args(self, global_pool=global_pool)
         self.num_classes = num_classes
         self.head = nn.Identity()
         if num_classes > 0:
-            self.head = nn.Linear(self.embed_dim, num_classes, **get_device_dtype(self))
+            self.head = nn.Linear(self.embed_dim, num_classes, **dd)
             _init_linear(self.head)
         self.head.train(self.training)
+
+    def _set_pool(self, global_pool: str, dd: dict[str, Any]) -> None:
+        """Changes the pooling; heads of 'map' are 64 wide, or one if the width is no multiple of that."""
+        _check_choice("global_pool", global_pool, POOLS)
+        self.global_pool = global_pool
+        if global_pool != "map":
+            self.attn_pool = None
+        elif self.attn_pool is None:
+            heads = 1 if self.embed_dim % 64 else self.embed_dim // 64
+            self.attn_pool = AttentionPoolLatent(self.embed_dim, num_heads=heads, norm_layer=nn.LayerNorm, **dd)
+            named_apply(_init_linear, self.attn_pool.train(self.training))
 
     def set_input_size(self, img_size: int | tuple[int, int] | None = None, num_frames: int | None = None) -> None:
         """Resamples the position embeddings in place to another image size (pixels) or number of frames."""
@@ -343,7 +358,7 @@ class EtMamba(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters without weight decay, in addition to biases and norms."""
-        leaves = {"cls_token", "pos_embed", "temporal_pos_embedding", "A_log", "A_b_log", "D", "D_b"}
+        leaves = {"cls_token", "pos_embed", "temporal_pos_embedding", "latent", "A_log", "A_b_log", "D", "D_b"}
         return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in leaves}
 
     @torch.jit.ignore

@@ -8,11 +8,17 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from ..models import EtMamba
 from .recipe import Recipe
 
 # PyTorch's optimisers that can skip a step on the device without a trace, as fused kernels. SGD leaves its momentum
 # uninitialised if the first step is skipped; the others, timm's among them, count their steps on the host.
 SKIP_ON_DEVICE = (torch.optim.Adam, torch.optim.AdamW)
+
+
+def head_of(model: EtMamba) -> nn.ModuleList:
+    """What `freeze_backbone` leaves to be trained: attention pooling if there is one, dropout and classifier."""
+    return nn.ModuleList(filter(None, (model.attn_pool, model.head_drop, model.get_classifier())))
 
 
 def new_optimizer(recipe: Recipe, model: nn.Module, accelerator: Accelerator) -> torch.optim.Optimizer:

@@ -14,6 +14,7 @@ from ..clip import DEFAULT_STRIDE
 from ..data import SOURCES, Annotations
 from ..models import EtMamba, count_cost
 from ..words import number_of
+from .optimizer import head_of
 from .recipe import AUTO, EPOCH_UPDATES, Recipe, RecipeError
 
 MOST_CLIPS = 16  # of an update, where the batch size is open
@@ -101,6 +102,11 @@ def make_plan(recipe: Recipe, train_set: Annotations, val_set: Annotations, proc
         img_size=recipe.img_size,
     )
     cost = count_cost(model)
+    params = f"{cost.params / 1e6:.2f} M parameters"
+    if recipe.freeze_backbone:
+        params += f", of which {sum(p.numel() for p in head_of(model).parameters()) / 1e6:.3g} M are trained"
+        if not (recipe.pretrained or recipe.checkpoint):
+            warnings.append("the frozen backbone is drawn at random; set pretrained=true, or give a checkpoint")
     height, width = recipe.img_size
     clip = f"{number_of(recipe.num_frames, 'frame')} of {height}×{width}, {recipe.clip.spacing}"
     if own is not None and (own.num_frames, own.img_size) != (recipe.num_frames, recipe.img_size):
@@ -124,7 +130,7 @@ def make_plan(recipe: Recipe, train_set: Annotations, val_set: Annotations, proc
     facts = [
         ("videos", _videos(train_set, val_set, recipe.dataset in SOURCES, warnings)),
         *([("classes", names)] if names else []),
-        ("model", f"{recipe.model}, {cost.params / 1e6:.2f} M parameters, weights: {weights}"),
+        ("model", f"{recipe.model}, {params}, weights: {weights}"),
         ("clip", f"{clip}: {cost.total_macs / 1e9:.3g} G multiply-adds"),
         (
             "updates",

@@ -70,7 +70,7 @@ class Recipe:
         grad_checkpointing: whether blocks recompute their activations in the backward pass, to save memory; a number n
             for every n-th block alone.
         compile: whether to run the model through `torch.compile`, which takes minutes at the start and is faster then.
-        freeze_backbone: whether to train only the classifier.
+        freeze_backbone: whether to train only the classifier, and the pooling of model_args={global_pool: map}.
         teacher: a model whose class probabilities and features are learnt (see `load_teacher`), or a file or folder of
             probabilities that `etmamba teach` wrote; '' for none.
         teacher_weight: weight of the teacher's probabilities in the loss; the true labels have the rest.

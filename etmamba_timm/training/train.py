@@ -42,7 +42,7 @@ from .card import run_card
 from .distill import Distillation, named_as
 from .evaluate import Scores, evaluate
 from .loading import batches, datasets
-from .optimizer import average, new_optimizer, new_scheduler, step_if
+from .optimizer import average, head_of, new_optimizer, new_scheduler, step_if
 from .progress import Pace, Progress, Timer
 from .recipe import Recipe
 from .run_folder import BEST_WEIGHTS, LAST_WEIGHTS, MODEL, SCORES, TENSORBOARD, TRAIN_LOG, VAL_LOG, Log, RunFolder
@@ -147,7 +147,8 @@ class _Training:
         self.data, self.val = datasets(recipe, self.eval_model, train_set, val_set)
         model.set_grad_checkpointing(recipe.grad_checkpointing > 0, every=max(1, recipe.grad_checkpointing))
         if recipe.freeze_backbone:
-            model.requires_grad_(False).get_classifier().requires_grad_(True)
+            model.requires_grad_(False)
+            head_of(model).requires_grad_(True)
         if self.distillation:
             self.distillation.attach(model, self.val.transform)
         try:
@@ -185,6 +186,7 @@ class _Training:
     def epoch(self, epoch: int) -> None:
         """Trains for the rest of an epoch."""
         self.model.train(not self.recipe.freeze_backbone)
+        head_of(self.accelerator.unwrap_model(self.model)).train()
         first = self.progress.update % self.epoch_updates
         batches = self.batches(epoch, first)
         bar = tqdm(

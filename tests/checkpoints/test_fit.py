@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from etmamba_timm.checkpoints import CheckpointError, fit, read_checkpoint
+from etmamba_timm.checkpoints import CheckpointError, fit, read_checkpoint, save_checkpoint
 from etmamba_timm.checkpoints.fit import adapt_in_chans, adapt_stem
 from etmamba_timm.layers import STEMS
 
@@ -159,3 +159,28 @@ def test_through_timms_own_loader(golden, tmp_path):
     assert model(golden["input"]).shape == (2, 3)
     features = model.forward_features(golden["input"])[:, 0]
     torch.testing.assert_close(features, golden["features"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("has", "wants"), [("avg", "map"), ("map", "avg")])
+def test_attention_pooling_that_one_side_lacks(has, wants, tmp_path, caplog):
+    """The rest loads, and a log line says what of the pooling is new or left out."""
+    small = {"img_size": 32, "num_frames": 2, "embed_dim": 16, "depth": 1, "num_classes": 5}
+    source = timm.create_model("etmamba_ti", global_pool=has, **small).eval()
+    save_checkpoint(source, tmp_path / "saved")
+    model = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True, global_pool=wants).eval()
+    said = {"map": "the attention pooling is fresh", "avg": "attention pooling is left out: global_pool is 'avg'"}
+    assert said[wants] in caplog.text
+    assert model.global_pool == wants
+    x = torch.randn(1, 3, 2, 32, 32)
+    assert torch.equal(model.forward_features(x), source.forward_features(x))
+    assert torch.equal(model.head.weight, source.head.weight)
+
+
+@pytest.mark.parametrize(("has", "states"), [("avg", "map"), ("map", "avg")])
+def test_a_config_that_states_another_pooling_is_refused(has, states, tmp_path):
+    model = timm.create_model("etmamba_ti", global_pool=has, img_size=32, num_frames=2, embed_dim=16, depth=1)
+    save_checkpoint(model, tmp_path / "saved")
+    path = tmp_path / "saved" / "config.json"
+    path.write_text(path.read_text().replace(f'"global_pool": "{has}"', f'"global_pool": "{states}"'))
+    with pytest.raises(CheckpointError, match=f"model_args.global_pool is '{states}', but the weights have"):
+        timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True)

@@ -82,6 +82,7 @@ def test_half_precision_halves_the_file(model, tmp_path, dtype, tolerance):
         {"global_pool": "avg", "d_conv": 3, "d_state": 8, "expand": 4},
         {"img_size": (32, 64), "patch_size": 8},
         {"num_classes": 0},
+        {"global_pool": "map"},
         {"stem": "none", "block": "bimamba"},
     ],
     ids=str,
@@ -100,6 +101,17 @@ def test_constructor_arguments_are_saved_whoever_built_it(arguments, create, tmp
         model.num_classes,
         model.global_pool,
     )
+
+
+@pytest.mark.parametrize("pools", [("token", "map"), ("map", "avg")])
+def test_another_pooling_is_saved(pools, tmp_path):
+    model = timm.create_model("etmamba_ti", **SMALL, global_pool=pools[0]).eval()
+    model.reset_classifier(4, pools[1])
+    save_checkpoint(model, tmp_path / "out")
+    again = loaded(tmp_path / "out")
+    assert again.global_pool == pools[1]
+    x = torch.randn(1, 3, 2, *model.img_size)
+    assert torch.equal(again(x), model(x))
 
 
 def test_labels_and_clips_come_back_and_go_round_again(model, tmp_path):

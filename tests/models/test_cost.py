@@ -22,6 +22,16 @@ def test_agrees_with_pytorchs_counter(name, d_conv):
         assert 2 * seen == counter.get_total_flops()
 
 
+def test_attention_pooling_agrees_too():
+    model = timm.create_model("etmamba_ti", depth=2, img_size=32, num_frames=3, num_classes=11, global_pool="map")
+    model.attn_pool.fused_attn = False  # PyTorch's counter misses its fused attention on CPUs
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(1, 3, 5, 64, 32))
+    cost = count_cost(model, 5, (64, 32))
+    seen = cost.total_macs if scan_backends()["cpu"] is None else cost.macs
+    assert 2 * seen == counter.get_total_flops()
+
+
 def test_a_backward_pass_counts_twice():
     model = timm.create_model("etmamba_ti", depth=2, img_size=32, num_frames=3, num_classes=11)
     clip = torch.randn(1, 3, 3, 32, 32, requires_grad=True)

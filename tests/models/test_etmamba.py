@@ -238,6 +238,53 @@ def test_a_model_exported_frozen_can_be_trained(clip):
         torch.testing.assert_close(grads[name], p.grad, msg=name)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_attention_pooling(name, clip):
+    model = small(name, global_pool="map", embed_dim=128)
+    tokens = model.forward_features(clip)
+    assert model.attn_pool.num_heads == 2
+    assert torch.equal(model.forward_head(tokens, pre_logits=True), model.attn_pool(tokens))
+    assert torch.equal(model(clip), model.head(model.attn_pool(tokens)))
+    assert model.forward_head(tokens, pre_logits=True).shape == (2, model.head_hidden_size)
+    for shape in ((5, 32, 32), (1, 48, 32)):
+        assert model(torch.randn(1, 3, *shape)).shape == (1, 5)
+    exported = torch.export.export(model, (clip,)).module()
+    torch.testing.assert_close(exported(clip), model(clip))
+    model(clip).square().sum().backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if name.startswith("attn_pool.")}
+    assert [name for name, grad in grads.items() if grad is None or not grad.any()] == []
+
+
+def test_attention_pooling_comes_and_goes_with_the_classifier(clip):
+    model = small("etmamba_ti")
+    model.reset_classifier(7, "map")
+    pool = model.attn_pool
+    assert not pool.training
+    assert pool.num_heads == 1  # 16 channels
+    assert not pool.kv.bias.any()
+    assert 0.015 < pool.mlp.fc1.weight.std() < 0.025
+    assert pool.latent.any()
+    model.reset_classifier(3)
+    assert model.attn_pool is pool
+    assert model(clip).shape == (2, 3)
+    model.reset_classifier(0)
+    assert torch.equal(model(clip), pool(model.forward_features(clip)))
+    model.prune_intermediate_layers([0])
+    assert model.attn_pool is None
+    assert not [key for key in model.state_dict() if key.startswith("attn_pool")]
+    assert model(clip).shape == (2, 9, 16)
+
+
+def test_attention_pooling_is_of_the_head_s_group_and_its_query_is_not_decayed():
+    model = small("etmamba_ti", global_pool="map")
+    assert "attn_pool.latent" in model.no_weight_decay()
+    groups = create_optimizer_v2(model, "adamw", lr=1.0, layer_decay=0.5).param_groups
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    own = {scale[id(p)] for part in (model.attn_pool, model.head) for p in part.parameters()}
+    assert own == {1.0}
+    assert scale[id(model.patch_embed.proj.weight)] < 0.5
+
+
 def test_pruned_of_its_norm_alone_in_bfloat16(clip):
     model = small("etmamba_ti").bfloat16()
     model.prune_intermediate_layers([0], prune_norm=True, prune_head=False)

@@ -56,6 +56,16 @@ def test_finetune_suits_few_clips_and_many(of_each):
     assert finetuned(train, epochs=20).repeat == recipe.repeat  # so that a finished run can go on for more epochs
 
 
+def test_a_frozen_backbone():
+    pooled = {"freeze_backbone": True, "model_args": {"global_pool": "map"}}
+    plan = make_plan(finetuned(GOOD[0], **pooled), *GOOD)
+    assert plan.warnings == []
+    pool, head = 12 * 192**2 + 12 * 192, 193 * len(GOOD[0].classes)  # 12 D² weights; query, biases and norm
+    assert f"of which {(pool + head) / 1e6:.3g} M are trained, weights: etmamba_ti.mocap" in dict(plan.facts)["model"]
+    plan = make_plan(finetuned(GOOD[0], pretrained=False, **pooled), *GOOD)
+    assert plan.warnings == ["the frozen backbone is drawn at random; set pretrained=true, or give a checkpoint"]
+
+
 def test_batches_are_no_larger_than_the_data():
     assert [finetuned(videos(1, n)).batch_size for n in (1, 4, 14, 15, 99)] == [2, 4, 8, 16, 16]
     assert finetuned(videos(50), processes=2).batch_size == 8

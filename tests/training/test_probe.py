@@ -22,8 +22,9 @@ def data(tmp_path_factory):
     return root
 
 
-def probe(data, folder, *settings) -> int:
-    arguments = ["train", "--data", str(data), "-o", str(folder), "--workers", "0", "--probe", "linear"]
+def probe(data, folder, *settings, kind: tuple[str, ...] = ()) -> int:
+    """`kind` is what follows `--probe`; without, it is linear."""
+    arguments = ["train", "--data", str(data), "-o", str(folder), "--workers", "0", "--probe", *kind]
     return main([*arguments, "--dataset", "folders", "--set", *MODEL, "batch_size=4", *settings])
 
 
@@ -43,6 +44,28 @@ def test_a_probe(data, tmp_path, capsys):
     assert f"top-1 {scores.topk(1):.2%}" in capsys.readouterr().out
     assert probe(data, tmp_path / "run") == 2
     assert "choose a new or empty folder" in capsys.readouterr().err
+
+
+def test_an_attentive_probe(data, tmp_path, capsys):
+    settings = ("epochs=5", "epoch_updates=0", "repeat=2")
+    assert probe(data, tmp_path / "run", *settings, "--teacher", "etmamba_ti.mocap", kind=("attentive",)) == 2
+    assert "lacks 4 of the 4 classes" in capsys.readouterr().err  # training takes one, a linear probe doesn't
+    assert probe(data, tmp_path / "run", "--teacher", "etmamba_ti.mocap") == 2
+    assert "a linear probe learns the true labels alone" in capsys.readouterr().err
+    assert probe(data, tmp_path / "attentive", *settings, kind=("attentive",)) == 0
+    told = capsys.readouterr().out
+    assert "M are trained" in told
+    scores = Scores.load(tmp_path / "attentive" / "scores.safetensors")
+    assert scores.topk(1) >= 0.75  # of 4 classes, 24 videos
+    before = timm.create_model("etmamba_ti.mocap", pretrained=True).state_dict()
+    name = f"local-dir:{tmp_path / 'attentive' / 'model'}"
+    after = timm.create_model(name, pretrained=True).state_dict()
+    changed = {k.partition(".")[0] for k, v in after.items() if k not in before or not torch.equal(v, before[k])}
+    assert changed == {"attn_pool", "head"}
+    assert main(["eval", "--model", name, "--data", str(data)]) == 0
+    assert f"top-1 {scores.topk(1):.2%}" in capsys.readouterr().out
+    assert main(["predict", str(next((data / "val" / "up").iterdir())), "--model", name]) == 0
+    assert probe(data, tmp_path / "attentive", *settings, kind=("attentive",)) == 0  # finished
 
 
 def test_a_probe_of_a_random_model_is_refused(data, tmp_path, capsys):

@@ -18,6 +18,7 @@ from shapes import KINDS, write_shapes
 
 from etmamba_timm.cli import main, parser
 from etmamba_timm.clip import Clip
+from etmamba_timm.models import EtMamba
 from etmamba_timm.predict import load_model
 from etmamba_timm.training.evaluate import Scores
 from etmamba_timm.training.recipe import load_recipe
@@ -85,6 +86,7 @@ def rows(path: Path) -> list[dict]:
 # Everything random at once: drop path, dropout, mixup, stills, random erasing, RandAugment, averaged weights.
 RANDOM = ("drop_path=0.3", "drop=0.2", "mixup=0.8", "cutmix=1.0", "still=0.5", "erasing=0.5")
 RANDOM += ("rand_augment=rand-m9-mstd0.5-inc1",)
+FROZEN = ("freeze_backbone=true", "model_args={embed_dim: 64, depth: 4, patch_size: 8, global_pool: map}")
 ALL = (*RANDOM, "balance=0.5", "ema=0.9", "accumulate=2", "precision=bf16", "layer_decay=0.8")
 
 
@@ -193,9 +195,10 @@ def test_other_settings_are_another_run(done, recipe, data, tmp_path, capsys):
     assert "exists and contains no run" in capsys.readouterr().err
 
 
-def test_two_processes_learn_as_one_does(recipe, data, tmp_path):
+@pytest.mark.parametrize("more", [(), FROZEN], ids=["whole", "frozen"])
+def test_two_processes_learn_as_one_does(recipe, data, tmp_path, more):
     """The same clips in the same order, half in each: the same but for rounding."""
-    same = ("drop_path=0", "num_clips=1", "balance=1")
+    same = ("drop_path=0", "num_clips=1", "balance=1", *more)
     assert main(arguments(recipe, data, tmp_path / "one", *same)) == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     command = [*launch, "etmamba_timm", *arguments(recipe, data, tmp_path / "two", *same, "batch_size=4")]
@@ -210,13 +213,44 @@ def test_two_processes_learn_as_one_does(recipe, data, tmp_path):
     torch.testing.assert_close(scores[0].probabilities, scores[1].probabilities, rtol=0, atol=0.02)
 
 
-def test_the_head_alone_is_trained(recipe, data, tmp_path):
-    settings = ("freeze_backbone=true", "drop_path=0.5", "epochs=2")
-    assert main(arguments(recipe, data, tmp_path / "run", *settings)) == 0
+@pytest.mark.parametrize("more", [(), FROZEN], ids=["head", "pooling"])
+def test_a_frozen_backbone_stays_as_it_is(recipe, data, tmp_path, more):
+    settings = ("freeze_backbone=true", "drop_path=0.5", "drop=0.2", "epochs=2", "ema=0.9", *more)
+    assert main(arguments(recipe, data, tmp_path / "run", *settings, "--save-updates", "3")) == 0
     torch.manual_seed(0)
     before = build_model(load_recipe(tmp_path / "run" / "recipe.yaml"), list("abcd")).state_dict()
     after = load_file(tmp_path / "run" / "last.safetensors")
-    assert {key for key in after if not torch.equal(before[key], after[key])} == {"head.weight", "head.bias"}
+    own = {key for key in after if key.startswith(("head.", "attn_pool."))}
+    assert any(key.startswith("attn_pool.") for key in own) == bool(more)
+    assert {key for key in after if not torch.equal(before[key], after[key])} == own
+    model = timm.create_model(f"local-dir:{tmp_path / 'run' / 'model'}", pretrained=True)
+    best = load_file(tmp_path / "run" / "best.safetensors")
+    assert all(torch.equal(value, best[key]) for key, value in model.state_dict().items())
+    command = [sys.executable, "-m", "etmamba_timm", *arguments(recipe, data, tmp_path / "killed", *settings)]
+    process = subprocess.Popen([*command, "--save-updates", "3"], stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list((tmp_path / "killed").glob("state-*")):
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() != 0
+    assert subprocess.run([*command, "--save-updates", "3"], capture_output=True).returncode == 0
+    assert (tmp_path / "killed" / "last.safetensors").read_bytes() == (
+        tmp_path / "run" / "last.safetensors"
+    ).read_bytes()
+
+
+def test_a_frozen_backbone_builds_no_graph_and_stays_in_evaluation_mode(recipe, data, tmp_path, monkeypatch):
+    seen = []
+
+    def forward_head(self, tokens, pre_logits=False):
+        on = {name for name, part in self.named_modules() if part.training and name}
+        seen.append((tokens.requires_grad, {name.partition(".")[0] for name in on}))
+        return head(self, tokens, pre_logits)
+
+    head = EtMamba.forward_head
+    monkeypatch.setattr(EtMamba, "forward_head", forward_head)
+    assert main(arguments(recipe, data, tmp_path / "run", *FROZEN, "epochs=1", "warmup_epochs=0")) == 0
+    assert [parts for _, parts in seen if parts] == [{"attn_pool", "head_drop", "head"}] * 5
+    assert not any(graph for graph, _ in seen)
 
 
 def test_pictures_that_are_no_square(recipe, data, tmp_path):

@@ -76,7 +76,7 @@ def test_standin_refuses_what_the_kernel_refuses(changes):
         {"out": Tensor.half},
         {"out": lambda t: None},
     ],
-    ids=str,
+    ids="-".join,
 )
 def test_standin_refuses_what_the_kernel_refuses_in_backward(changes):
     arguments = kernel_arguments()

@@ -154,7 +154,7 @@ def _datasets(args: argparse.Namespace, settings: dict) -> "tuple[Annotations, A
 
     Returns: the videos, and the folder that a new split is to be written into.
     """
-    from ..data import SOURCES, is_one_folder, read_dataset, read_split, split_videos
+    from ..data import SOURCES, is_undivided, read_dataset, read_split, split_videos
     from ..training.run_folder import RUN_FILE, SPLIT, RunFolder
 
     layout, run = settings["dataset"], RunFolder(args.output)
@@ -162,7 +162,7 @@ def _datasets(args: argparse.Namespace, settings: dict) -> "tuple[Annotations, A
     def read(subset: str) -> "Annotations":
         return read_dataset(layout, args.data, subset, split=settings.get("split", 1), annotations=args.annotations)
 
-    if layout not in SOURCES and not (layout == "folders" and is_one_folder(args.data)):
+    if not is_undivided(layout, args.data, args.annotations):
         return read("train"), read("val"), None
     run.check()
     videos = read("train")
@@ -221,7 +221,11 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _accuracies(metrics: dict[str, float]) -> str:
-    text = f"top-1 {metrics['top1']:.2%}, top-5 {metrics['top5']:.2%}, mean of classes {metrics['mean_class']:.2%}, "
-    text += f"{metrics['videos']} videos"
+    from ..training.evaluate import METRICS, MULTILABEL_METRICS
+
+    names = (METRICS | MULTILABEL_METRICS).items()
+    text = ", ".join(
+        [*(f"{name} {metrics[key]:.2%}" for key, name in names if key in metrics), f"{metrics['videos']} videos"]
+    )
     left_out = [f"{metrics[name]} {name}" for name in ("failed", "missing") if metrics[name]]
     return text + (f" ({', '.join(left_out)}, not counted)" if left_out else "")

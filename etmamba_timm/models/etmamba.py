@@ -51,6 +51,9 @@ class EtMamba(nn.Module):
         folded: whether to build the inference form; see `fold`.
         device, dtype: of the parameters.
 
+    Attributes:
+        is_multilabel: whether a video may be of several classes, so that scores are sigmoids. A new classifier isn't.
+
     Raises:
         ValueError: an invalid argument; in `forward`, an input that doesn't fit the model.
     """
@@ -102,6 +105,7 @@ class EtMamba(nn.Module):
 
         self._made_with: dict = {}
         self.stride: Stride = None
+        self.is_multilabel = False
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.global_pool = global_pool
@@ -287,7 +291,7 @@ class EtMamba(nn.Module):
         if global_pool is not None:
             _check_choice("global_pool", global_pool, POOLS)
             self.global_pool = global_pool
-        self.num_classes = num_classes
+        self.num_classes, self.is_multilabel = num_classes, False
         self.head = nn.Identity()
         if num_classes > 0:
             self.head = nn.Linear(self.embed_dim, num_classes, **get_device_dtype(self))

@@ -174,10 +174,12 @@ class TestModel:
         model.is_multilabel = True
         save_checkpoint(model, tmp_path / "model", label_names=NAMES, stride=3)
         views = {"num_clips": 2, "num_crops": 3}
-        scores = predict(model.eval(), VIDEOS[0], **views)
+        model = load_model(f"local-dir:{tmp_path / 'model'}")
+        scores = predict(model, VIDEOS[0], **views)
         pipe = transformers.pipeline("video-classification", model=str(tmp_path / "model"))
         pipe.video_processor = transformers.AutoVideoProcessor.from_pretrained(tmp_path / "model", **views)
         same(pipe(str(VIDEOS[0])), top_classes(model, scores))
+        assert not 0.9 < scores.sum() < 1.1
         labels, clips = torch.tensor([[1.0, 0, 1]]), torch.randn(1, 2, 3, 32, 32)
         out = auto(tmp_path / "model")(clips, labels=labels)
         torch.testing.assert_close(

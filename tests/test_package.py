@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "runtime": {"checkpoints", "clip", "data", "models", "predict"},
     "export": {"checkpoints", "data", "models", "ops", "predict", "runtime"},
     "training": {"clip", "checkpoints", "data", "features", "files", "models", "predict", "views", "zoo"},
-    "seeing": {"clip", "checkpoints", "data", "files", "models", "predict", "training"},
+    "seeing": {"clip", "checkpoints", "data", "files", "models", "predict", "training", "views"},
     "cli": {
         "clip",
         "checkpoints",

@@ -54,7 +54,8 @@ def export_model(
 
     The picture size is the model's. ETMamba is folded. The file holds, as JSON under
     `etmamba`, what is needed to use it: `labels`, `clip` (frames and stride), `mean`, `std`, `size`, `interpolation`,
-    `crop_pct`, and the architecture. Its output are logits [B, classes] in float32: take the softmax.
+    `crop_pct`, `problem_type` and the architecture. Its output are logits [B, classes] in float32: take the softmax, or
+    the sigmoid if `problem_type` is "multi_label_classification".
 
     Args:
         model: a model in evaluation mode, with a classifier. It isn't changed.

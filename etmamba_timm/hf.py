@@ -16,6 +16,7 @@ import timm
 import torch
 from timm.models import get_pretrained_cfg
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForVideoClassification,
@@ -31,7 +32,7 @@ from transformers.utils import can_return_tuple
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import make_batched_videos
 
-from .checkpoints.config import MODEL_TYPE
+from .checkpoints.config import MODEL_TYPE, MULTILABEL
 from .checkpoints.save import KEPT_IN_FLOAT32
 from .clip import Clip
 from .data import EvalTransform, fixed_clips, open_video
@@ -106,6 +107,7 @@ class EtMambaConfig(PreTrainedConfig):
         )
         assert isinstance(model, EtMamba)
         model.stride = Clip.from_config(self.clip or {}).stride
+        model.is_multilabel = self.problem_type == MULTILABEL
         return model
 
 
@@ -154,7 +156,11 @@ class EtMambaForVideoClassification(PreTrainedModel):
         clips = pixel_values.to(self.device, self.dtype).flatten(0, -5)  # [B · V, T, C, H, W]
         logits = self.timm_model(clips.transpose(1, 2))
         if len(shape) == 6:
-            logits = logits.log_softmax(-1).unflatten(0, shape[:2]).logsumexp(1) - math.log(shape[1])
+            views = logits.unflatten(0, shape[:2])
+            if self.config.problem_type == MULTILABEL:  # p / (1 - p), with the mean sigmoid p
+                logits = F.logsigmoid(views).logsumexp(1) - F.logsigmoid(-views).logsumexp(1)
+            else:
+                logits = views.log_softmax(-1).logsumexp(1) - math.log(shape[1])
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         return ImageClassifierOutput(loss=loss, logits=logits)
 

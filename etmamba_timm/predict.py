@@ -109,6 +109,8 @@ def predict(
 ) -> Tensor:
     """Class scores of a video file: softmax, averaged over views (clips × crops).
 
+    If the model's classes don't exclude each other (`model.is_multilabel`), sigmoids.
+
     Args:
         model: a model in evaluation mode, with a classifier. Frames are sampled by its `clip`; an unknown stride is 2.
         path: a video file in any format of FFmpeg, or a folder of frames.
@@ -168,7 +170,7 @@ def predict_files(
     """
     check_model(model, need_classes=True)
     views = _views(model, paths, num_clips, num_crops)
-    results = mean_over_views(model, model, views, softmax=True, batch_size=batch_size, workers=workers, dtype=dtype)
+    results = mean_over_views(model, model, views, scores=True, batch_size=batch_size, workers=workers, dtype=dtype)
     return finite(results, paths)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .checkpoints.config import MULTILABEL
 from .checkpoints.read import architecture_of
 from .clip import Clip
 from .data import EvalTransform
@@ -26,7 +27,7 @@ class ExportedModel(nn.Module):
 
     Attributes:
         about: what the file says of itself; see `export_model`.
-        clip, img_size, in_chans, num_classes, pretrained_cfg: as a model's.
+        clip, img_size, in_chans, num_classes, is_multilabel, pretrained_cfg: as a model's.
     """
 
     global_pool = "file"  # it pools; how is in the file
@@ -37,6 +38,7 @@ class ExportedModel(nn.Module):
         self.clip, self.img_size = Clip.from_config(about["clip"]), tuple(about["size"])
         self.in_chans, self.num_classes = len(about["mean"]), len(about["labels"])
         self.num_frames, self.stride = self.clip.num_frames, self.clip.stride
+        self.is_multilabel = about.get("problem_type") == MULTILABEL
         # A file that takes frames normalises them itself.
         mean, std = ([0.0], [1 / 255]) if about["input"] == "frames" else (about["mean"], about["std"])
         self.pretrained_cfg = {
@@ -95,6 +97,7 @@ def describe(model: EtMamba, dtype: str, from_frames: bool) -> str:
         "dtype": dtype,
         "input": "frames" if from_frames else "clip",
         "output": "logits",
+        "problem_type": MULTILABEL if model.is_multilabel else "single_label_classification",
         "labels": class_names(model, model.num_classes),
         "clip": model.clip.to_config(),
         "size": transform.size,

@@ -7,6 +7,7 @@ normalised on the model's device. On CUDA a batch is copied and launched while t
 import contextlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +21,18 @@ def check_is_model(model: object) -> None:
         raise TypeError(f"the first argument is {model!r:.80}; give the model first, and then what it is run on")
 
 
+def class_scores(model: nn.Module, logits: Tensor) -> Tensor:
+    """A model's class scores [..., classes]: softmax, or the sigmoid of each if a video may be of several classes."""
+    return logits.sigmoid() if getattr(model, "is_multilabel", False) else logits.softmax(-1)
+
+
 def mean_over_views(
     model: nn.Module,
     function: Callable[[Tensor], Tensor],
     views: Views,
     indices: Sequence[int] | None = None,
     *,
-    softmax: bool = False,
+    scores: bool = False,
     batch_size: int = 8,
     workers: int = 0,
     dtype: torch.dtype | None = None,
@@ -41,7 +47,7 @@ def mean_over_views(
         function: clips [B, C, T, H, W] -> [B, X].
         views: the files and their views.
         indices: which of the files, in this order; by default all.
-        softmax: whether to average the softmax of the outputs instead of the outputs.
+        scores: whether to average `class_scores` of the outputs instead of the outputs.
         batch_size: views per forward pass; the last batch is smaller.
         workers: decoding processes; see `read_ahead`.
         dtype: autocast's dtype; None for no autocast.
@@ -74,7 +80,7 @@ def mean_over_views(
     def finished(running: int) -> Iterator[Tensor | Exception]:
         """The results that are there, with so many batches still running."""
         while len(batches) - 1 > running:
-            batches.popleft().share(softmax)
+            batches.popleft().share(partial(class_scores, model) if scores else None)
         while videos and (result := videos[0].result()) is not None:
             videos.popleft()
             yield result
@@ -134,8 +140,8 @@ class _Batch:
         if self.event is not None:
             self.event.record(torch.cuda.current_stream(outputs.device))
 
-    def share(self, softmax: bool) -> None:
-        """Waits for the outputs and gives each video its own."""
+    def share(self, scores: Callable[[Tensor], Tensor] | None) -> None:
+        """Waits for the outputs and gives each video its own, or its scores."""
         try:
             if self.event is not None and self.videos:
                 self.event.synchronize()
@@ -143,7 +149,7 @@ class _Batch:
             self.fail(error)
         if self.videos:
             outputs = self.outputs.double()
-            for video, output in zip(self.videos, outputs.softmax(-1) if softmax else outputs, strict=True):
+            for video, output in zip(self.videos, scores(outputs) if scores else outputs, strict=True):
                 video.add(output)
 
     def fail(self, error: Exception) -> None:

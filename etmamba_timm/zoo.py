@@ -40,7 +40,7 @@ def _create(
     def build(**arguments) -> EtMamba:
         model = EtMamba(**arguments)
         weights.load_into(model)
-        model.stride = weights.stride
+        model.stride, model.is_multilabel = weights.stride, weights.is_multilabel
         known = weights.model_args | {k: v for k, v in requested.items() if k in arguments}
         update_model_args(model, **{k: v for k, v in known.items() if k not in RUNTIME_ARGS})
         return model

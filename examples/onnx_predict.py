@@ -19,9 +19,13 @@ def main(model: str, video: str) -> None:
     chosen = [crop(frames[i], *about["size"]) for i in indices(len(frames), **about["clip"])]
     clip = (np.stack(chosen) / 255 - about["mean"]) / about["std"]  # [T, H, W, C]
     [logits] = session.run(None, {"clip": clip.transpose(3, 0, 1, 2)[None].astype(np.float32)})
-    scores = np.exp(logits[0] - logits.max())
+    if about.get("problem_type") == "multi_label_classification":
+        scores = 1 / (1 + np.exp(-logits[0]))
+    else:
+        scores = np.exp(logits[0] - logits.max())
+        scores /= scores.sum()
     for i in scores.argsort()[:-6:-1]:
-        print(f"{scores[i] / scores.sum():8.2%}  {about['labels'][i]}")
+        print(f"{scores[i]:8.2%}  {about['labels'][i]}")
 
 
 def indices(length: int, num_frames: int, stride: int | str | None) -> list[int]:

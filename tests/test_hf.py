@@ -167,6 +167,27 @@ class TestModel:
         expected = model(self.clips).logits.softmax(-1).unflatten(0, (2, 2)).mean(1)
         torch.testing.assert_close(logits.softmax(-1), expected, rtol=0, atol=1e-6)
 
+    def test_several_labels(self, tmp_path):
+        """The pipeline's scores are sigmoids, the loss is binary cross entropy, and the setting goes back to timm."""
+        model = timm.create_model("etmamba_ti", **SMALL)
+        torch.nn.init.normal_(model.head.weight)
+        model.is_multilabel = True
+        save_checkpoint(model, tmp_path / "model", label_names=NAMES, stride=3)
+        views = {"num_clips": 2, "num_crops": 3}
+        model = load_model(f"local-dir:{tmp_path / 'model'}")
+        scores = predict(model, VIDEOS[0], **views)
+        pipe = transformers.pipeline("video-classification", model=str(tmp_path / "model"))
+        pipe.video_processor = transformers.AutoVideoProcessor.from_pretrained(tmp_path / "model", **views)
+        same(pipe(str(VIDEOS[0])), top_classes(model, scores))
+        assert not 0.9 < scores.sum() < 1.1
+        labels, clips = torch.tensor([[1.0, 0, 1]]), torch.randn(1, 2, 3, 32, 32)
+        out = auto(tmp_path / "model")(clips, labels=labels)
+        torch.testing.assert_close(
+            out.loss, torch.nn.functional.binary_cross_entropy_with_logits(out.logits, labels), rtol=1e-6, atol=1e-6
+        )
+        auto(tmp_path / "model").save_pretrained(tmp_path / "again")
+        assert load_model(f"local-dir:{tmp_path / 'again'}").is_multilabel
+
     def test_loss(self, folder):
         model, labels = auto(folder), torch.tensor([0, 1, 2, 2])
         output = model(self.clips, labels=labels)

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "runtime": {"checkpoints", "clip", "data", "models", "predict"},
     "export": {"checkpoints", "data", "models", "ops", "predict", "runtime"},
     "training": {"clip", "checkpoints", "data", "features", "files", "models", "predict", "views", "zoo", "words"},
-    "seeing": {"clip", "checkpoints", "data", "files", "models", "predict", "training", "words"},
+    "seeing": {"clip", "checkpoints", "data", "files", "models", "predict", "training", "views", "words"},
     "cli": {
         "clip",
         "checkpoints",

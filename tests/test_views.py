@@ -56,7 +56,7 @@ def test_results_do_not_depend_on_the_batches(files, batch_size, workers, num_cl
             expected = torch.cat([model(view[None]) for view in one]).double().mean(0)
         assert results[index].dtype == torch.float64
         torch.testing.assert_close(results[index], expected, rtol=1e-5, atol=1e-6)
-    softmax = list(mean_over_views(model, model, these, softmax=True, batch_size=batch_size))
+    softmax = list(mean_over_views(model, model, these, scores=True, batch_size=batch_size))
     assert softmax[0].sum().item() == pytest.approx(1)
 
 

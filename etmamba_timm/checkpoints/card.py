@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from ..clip import Clip
 from ..words import number_of
+from .config import MULTILABEL
 
 # Licences that the Hub has a name for.
 KNOWN_LICENCES = {"Apache-2.0": "apache-2.0", "MIT": "mit", "CC-BY-4.0": "cc-by-4.0", "CC-BY-NC-4.0": "cc-by-nc-4.0"}
@@ -21,7 +22,7 @@ def model_card(title: str, config: Mapping, params: int, dtype: str, model_id: s
         model_id: the name that `timm.create_model` takes; None for a placeholder.
     """
     card, clip = config.get("card") or {}, Clip.from_config(config["clip"])
-    cfg = config["pretrained_cfg"]
+    cfg, several = config["pretrained_cfg"], config.get("problem_type") == MULTILABEL
     size = config.get("model_args", {}).get("img_size") or cfg.get("input_size", (3, 224, 224))[1:]
     height, width = (size, size) if isinstance(size, int) else size
     licence = card.get("licence") or cfg.get("license")
@@ -30,6 +31,7 @@ def model_card(title: str, config: Mapping, params: int, dtype: str, model_id: s
         "Parameters": f"{params:,}; stored in {dtype}",
         "Clip": f"{number_of(clip.num_frames, 'frame')} of {height}×{width}, {clip.spacing}",
         "Classes": config.get("num_classes", cfg.get("num_classes")) or NO_CLASSES,
+        "Scores": "of each class by itself, as a video may be of several (multi-label: sigmoid)" if several else None,
         "Source": card.get("source"),
         "Licence": licence or "not stated",
     }

@@ -19,12 +19,13 @@ WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 # By these transformers finds the classes of `hf`. It wants a file for the processor, whose settings are in config.json.
 MODEL_TYPE, PROCESSOR_FILE = "etmamba_timm", "video_preprocessor_config.json"
 PROCESSOR = '{"video_processor_type": "EtMambaVideoProcessor"}\n'
+MULTILABEL = "multi_label_classification"  # transformers' name of a problem whose classes don't exclude each other
 # Constructor arguments that say nothing about the weights.
 RUNTIME_ARGS = ("device", "dtype", "drop_rate", "drop_path_rate")
 DATA_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct")
 # Keys that may be null; timm writes some of them so.
 NULLABLE = {"clip", "card", "label_names", "license", "licence", "source", "notes", "recipe", "figures", "views"}
-NULLABLE |= {"first_conv", "classifier"}
+NULLABLE |= {"first_conv", "classifier", "problem_type"}
 
 
 def _number(value: Any) -> bool:
@@ -67,6 +68,7 @@ _ROOT = {
     "model_args": _OBJECT,
     "num_classes": _COUNT,
     "label_names": (_all(_text), "a list of names"),
+    "problem_type": _one_of("single_label_classification", MULTILABEL, "regression"),
     "clip": _OBJECT,
     "card": _OBJECT,
 }
@@ -125,6 +127,11 @@ class HubConfig:
     label_names: tuple[str, ...]
     card: dict
     raw: dict
+
+    @property
+    def is_multilabel(self) -> bool:
+        """Whether a video may be of several classes."""
+        return self.raw.get("problem_type") == MULTILABEL
 
     @property
     def licence(self) -> str | None:

@@ -39,6 +39,7 @@ class Pretrained:
         cfg, overlay: timm's `pretrained_cfg` and `pretrained_cfg_overlay`.
         model_args: constructor arguments where the caller gives none.
         stride: of the model's clips.
+        is_multilabel: whether a video may be of several of its classes.
     """
 
     checkpoint: LoadedCheckpoint | None
@@ -47,6 +48,7 @@ class Pretrained:
     overlay: dict
     model_args: dict
     stride: Stride
+    is_multilabel: bool
 
     def load_into(self, model: EtMamba) -> None:
         """Loads the weights, if there are any, into a model built with `model_args`; not into one on 'meta'."""
@@ -136,7 +138,8 @@ def find_pretrained(
     stride = config.clip.stride if config and config.clip else None
     if stride is None and entry is not None:
         stride = entry.stride
-    return Pretrained(checkpoint, is_warm_start, cfg, overlay, model_args, stride)
+    is_multilabel = config is not None and config.is_multilabel and config.num_classes == classes  # not a fresh one
+    return Pretrained(checkpoint, is_warm_start, cfg, overlay, model_args, stride, is_multilabel)
 
 
 def fetch(repo: str, filename: str, cache_dir: str | Path | None = None) -> Path:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..clip import Clip, Stride
 from ..models import EtMamba
 from ..words import number_of
-from .config import CONFIG_FILE, MODEL_TYPE, PROCESSOR, PROCESSOR_FILE, WEIGHTS_FILE
+from .config import CONFIG_FILE, MODEL_TYPE, MULTILABEL, PROCESSOR, PROCESSOR_FILE, WEIGHTS_FILE
 
 # Few, and used in float32 by every model: halving them would cost accuracy and save nothing.
 KEPT_IN_FLOAT32 = ("A_log", "A_b_log", "D", "D_b", "dt_proj.bias", "dt_proj_b.bias")
@@ -58,6 +58,8 @@ def save_checkpoint(
         )
     clip = Clip(model.num_frames, model.stride if stride is None else stride)
     blocks: dict = {"model_type": MODEL_TYPE, "clip": clip.to_config()}
+    if model.is_multilabel:
+        blocks["problem_type"] = MULTILABEL
     if names:
         blocks["label_names"] = names
     if card:

@@ -106,7 +106,10 @@ def eval_clips(args: argparse.Namespace, model: "EtMamba", of_model: bool = True
 
     The classes are the model's, or, for `of_model=False`, the dataset's own.
     """
+    from dataclasses import replace
+
     from ..data import SOURCES, EvalClips, EvalTransform, find_layout, read_dataset, with_classes
+    from ..data.annotations import each
 
     layout, split = args.dataset or find_layout(args.data, args.annotations), args.split or 1
     subset = args.subset or ("test" if layout in SOURCES else "val")
@@ -121,6 +124,12 @@ def eval_clips(args: argparse.Namespace, model: "EtMamba", of_model: bool = True
             f"the dataset has {number_of(len(annotations.classes), 'class')}, and the model {model.num_classes} "
             "without names; give a model with the dataset's classes, or with class names"
         )
+    if of_model and annotations.is_multilabel and not model.is_multilabel:
+        raise ValueError(
+            "the videos have several labels, and the model's classes exclude each other; give another model"
+        )
+    if of_model and model.is_multilabel and not annotations.is_multilabel:
+        annotations = replace(annotations, samples=[(file, each(label)) for file, label in annotations.samples])
     transform = EvalTransform.from_model(model, size=model.img_size)
     return EvalClips(annotations, transform, model.clip, args.num_clips, args.num_crops)
 

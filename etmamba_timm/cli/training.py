@@ -166,7 +166,7 @@ def _datasets(args: argparse.Namespace, settings: dict) -> "tuple[Annotations, A
 
     Returns: the videos, and the folder that a new split is to be written into.
     """
-    from ..data import SOURCES, AnnotationError, is_one_folder, read_dataset, read_split, split_videos
+    from ..data import SOURCES, AnnotationError, is_undivided, read_dataset, read_split, split_videos
     from ..training.run_folder import RUN_FILE, SPLIT, RunError, RunFolder
 
     layout, run = settings["dataset"], RunFolder(args.output)
@@ -175,7 +175,7 @@ def _datasets(args: argparse.Namespace, settings: dict) -> "tuple[Annotations, A
     def read(subset: str) -> "Annotations":
         return read_dataset(layout, args.data, subset, split=settings.get("split", 1), annotations=args.annotations)
 
-    if layout not in SOURCES and not (layout == "folders" and is_one_folder(args.data)):
+    if not is_undivided(layout, args.data, args.annotations):
         return read("train"), read("val"), None
     videos = read("train")
     if (run / RUN_FILE).exists() and (run / SPLIT).exists():
@@ -259,8 +259,11 @@ def _warn_of_training_videos(args: argparse.Namespace, videos: "Annotations") ->
 
 
 def _accuracies(metrics: dict[str, float], clips: int, crops: int) -> str:
-    text = f"top-1 {metrics['top1']:.2%}, top-5 {metrics['top5']:.2%}, mean of classes {metrics['mean_class']:.2%}, "
-    text += number_of(int(metrics["videos"]), "video")
-    text += f", {number_of(clips, 'clip')} × {number_of(crops, 'crop')} of each"
+    from ..training.evaluate import METRICS, MULTILABEL_METRICS
+
+    names = (METRICS | MULTILABEL_METRICS).items()
+    shown = [f"{name} {metrics[key]:.2%}" for key, name in names if key in metrics]
+    shown += [number_of(int(metrics["videos"]), "video")]
+    text = ", ".join([*shown, f"{number_of(clips, 'clip')} × {number_of(crops, 'crop')} of each"])
     left_out = [f"{metrics[name]} {name}" for name in ("failed", "missing") if metrics[name]]
     return text + (f" ({', '.join(left_out)}, not counted)" if left_out else "")

@@ -17,7 +17,7 @@ from .embedded import EmbeddedVideo
 from .ffmpeg import VideoError
 from .frames import FrameFolder, open_video, probe, read_frames
 from .huggingface import read_huggingface
-from .layouts import LAYOUTS, SOURCES, SUBSETS, find_layout, is_one_folder, read_dataset, with_classes
+from .layouts import LAYOUTS, SOURCES, SUBSETS, find_layout, is_one_folder, is_undivided, read_dataset, with_classes
 from .lists import read_list
 from .sampling import draw_clip, fixed_clips, random_clip, random_segments, sample_clips, sample_segments
 from .split import read_split, split_videos, write_split
@@ -46,6 +46,7 @@ __all__ = [
     "find_layout",
     "fixed_clips",
     "is_one_folder",
+    "is_undivided",
     "open_video",
     "probe",
     "random_clip",

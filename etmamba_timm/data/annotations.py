@@ -5,9 +5,10 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from ..words import number_of
 from .embedded import VideoFile
@@ -30,6 +31,8 @@ BREAKFAST = (
 )
 BREAKFAST_TEST = {1: (3, 15), 2: (16, 28), 3: (29, 41), 4: (42, 54)}  # participants, first and last
 HMDB51_SPLITS = {"train": "1", "test": "2"}
+T = TypeVar("T", int, str)
+Label = int | tuple[int, ...]  # a class index, or those of a video that may have several
 
 
 class AnnotationError(ValueError):
@@ -41,14 +44,40 @@ class Annotations:
     """A dataset's videos.
 
     Attributes:
-        samples: (file or folder of frames, class index) of each video that exists; `open_video` takes it.
+        samples: (file or folder of frames, class index) of each video that exists; `open_video` takes it. If videos may
+            have several labels, it is a tuple of class indices, perhaps of one or none, for all videos.
         classes: names of the classes; empty if the videos have no labels, and all class indices are 0.
         missing: files, or names of files, that are listed but don't exist.
     """
 
-    samples: list[tuple[VideoFile, int]]
+    samples: list[tuple[VideoFile, Label]]
     classes: list[str]
     missing: list[str]
+
+    @property
+    def is_multilabel(self) -> bool:
+        """Whether a video may have several labels."""
+        return bool(self.samples) and isinstance(self.samples[0][1], tuple)
+
+    def rarest_labels(self) -> list[int]:
+        """The class of each video; the rarest of several, and `len(classes)` for none."""
+        counts = Counter(i for _, label in self.samples for i in each(label))
+        nothing = len(self.classes)
+        return [min(each(label), key=lambda i: (counts[i], i), default=nothing) for _, label in self.samples]
+
+    def renumbered(self, numbers: Sequence[int], classes: Iterable[str]) -> "Annotations":
+        """The same videos with class i as number `numbers[i]` of `classes`."""
+        samples = [(file, _map(numbers.__getitem__, label)) for file, label in self.samples]
+        return Annotations(samples, list(classes), self.missing)
+
+
+def each(label: T | tuple[T, ...]) -> tuple[T, ...]:
+    """The labels of a video that has one, or may have several."""
+    return label if isinstance(label, tuple) else (label,)
+
+
+def _map(function: Callable[[T], int], label: T | tuple[T, ...]) -> Label:
+    return tuple(sorted(set(map(function, label)))) if isinstance(label, tuple) else function(label)
 
 
 def read_folders(root: str | Path, classes: list[str] | None = None) -> Annotations:
@@ -64,7 +93,7 @@ def read_folders(root: str | Path, classes: list[str] | None = None) -> Annotati
     """
     root = existing_folder(root)
     names = classes or class_folders(root)
-    samples: list[tuple[VideoFile, int]] = []
+    samples: list[tuple[VideoFile, Label]] = []
     others: list[Path] = []
     for index, name in enumerate(names):
         videos, frames, beside = _files(root / name)
@@ -193,7 +222,7 @@ def kinetics_rows(csv_file: Path) -> list[tuple[tuple[str, str], str]]:
 
 def classes_of(rows: list[tuple]) -> list[str]:
     """The classes of rows (..., label): the labels in alphabetical order or, if all are numbers, 0 to the largest."""
-    labels = {label for _, label in rows}
+    labels = {name for _, label in rows for name in each(label)}
     if labels and all(label.isdecimal() for label in labels):
         for label in labels:
             check_number(label)
@@ -262,7 +291,7 @@ def read_breakfast(root: str | Path, split: int = 1, subset: str = "train") -> A
         )
     first, last = BREAKFAST_TEST[split]
     root = existing_folder(root)
-    samples: list[tuple[VideoFile, int]] = []
+    samples: list[tuple[VideoFile, Label]] = []
     for path in video_files(root):
         participant = next((p for p in path.relative_to(root).parts[:-1] if p[:1] == "P" and p[1:].isdigit()), None)
         stem = path.stem.removesuffix("_ch0")
@@ -283,7 +312,7 @@ def from_rows(
     source: Path | str,
     remedy: Callable[[], str] = lambda: "give the folder that holds them (root, --data)",
 ) -> Annotations:
-    """Annotations from rows of (what `locate` takes, label). A file that doesn't exist is listed as missing.
+    """Annotations from rows of (what `locate` takes, label or labels). A file that doesn't exist is listed as missing.
 
     Raises:
         AnnotationError: no rows, labels that aren't among `classes`, or most files missing; `remedy` ends the message.
@@ -292,18 +321,18 @@ def from_rows(
         raise AnnotationError(f"{source} lists no videos")
     classes = classes or classes_of(rows)
     index = {str(i): i for i in range(len(classes))} | {name: i for i, name in enumerate(classes)}
-    labels = {label for _, label in rows}
+    labels = {name for _, label in rows for name in each(label)}
     number = {label: label if label in index else label.lstrip("0") or "0" for label in labels}
     if unknown := sorted(label for label, name in number.items() if name not in index):
         raise AnnotationError(
             f"{source}: labels {unknown[:5]} are none of {number_of(len(classes), 'class')} {classes[:5]}..."
         )
-    samples: list[tuple[VideoFile, int]] = []
+    samples: list[tuple[VideoFile, Label]] = []
     missing = []
     for what, label in rows:
         found = locate(what)
         if is_there(found) if isinstance(found, Path) else found.is_file():
-            samples.append((found, index[number[label]]))
+            samples.append((found, _map(lambda name: index[number[name]], label)))
         else:
             missing.append(str(found))
     if len(missing) > MOST_MISSING * len(rows):

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, default_collate
 
 from ..clip import Clip
 from ..words import number_of
-from .annotations import Annotations
+from .annotations import Annotations, Label
 from .embedded import VideoFile
 from .ffmpeg import VideoError
 from .frames import open_video
@@ -28,6 +28,8 @@ MOST_BYTES = 2**27  # of frames as decoded, in memory at a time; one clip may ha
 
 class TrainClips(Dataset):
     """One random clip per video: {'clip': float32 [C, T, H, W], 'label': int, 'index': int}.
+
+    If videos have several labels, 'label' is float32 [classes] of zeros and ones.
 
     Random choices depend only on `seed`, `epoch` and the item's number, not on the workers or the order of access. With
     n videos, items i + n, i + 2n, ... are further clips of video i in the same epoch; 'index' is the video's. A video
@@ -66,7 +68,8 @@ class TrainClips(Dataset):
                 except VideoError as error:
                     self._warned.failed(path, error)
                     continue
-                return {"clip": self.transform(frames), "label": label, "index": i}
+                wanted = target(label, len(self.annotations.classes))
+                return {"clip": self.transform(frames), "label": wanted, "index": i}
         path = self.annotations.samples[tries[0]][0]
         raise VideoError(
             f"{path}: {number_of(len(tries), 'video')} in a row, starting with this one, can't be decoded; check the "
@@ -166,6 +169,8 @@ class Views:
 class EvalClips(Dataset):
     """Fixed views of each video: {'clip': float32 [clips · crops, C, T, H, W], 'label': int, 'index': int}, or None.
 
+    Labels are as in `TrainClips`.
+
     Args:
         annotations, clip: as in `TrainClips`.
         transform: makes the crops.
@@ -198,7 +203,7 @@ class EvalClips(Dataset):
         except ElongatedError as error:
             self.leave_out(index, VideoError(f"{path}: {error}"))
             return None
-        return {"clip": torch.cat(views), "label": label, "index": index}
+        return {"clip": torch.cat(views), "label": target(label, len(self.annotations.classes)), "index": index}
 
     def views(self) -> Views:
         """The same views of all videos, without their labels."""
@@ -207,6 +212,13 @@ class EvalClips(Dataset):
     def leave_out(self, index: int, error: VideoError) -> None:
         """Logs once that a video can't be decoded."""
         self._warned.failed(self._files[index], error)
+
+
+def target(label: Label, num_classes: int) -> int | Tensor:
+    """What a loss takes: the class index, or for several labels float32 [num_classes] of zeros and ones."""
+    if isinstance(label, int):
+        return label
+    return torch.zeros(num_classes).index_fill(0, torch.tensor(label, dtype=torch.int64), 1.0)
 
 
 def collate(items: Sequence[dict | None]) -> dict[str, Tensor] | None:

@@ -21,7 +21,7 @@ from .annotations import (
     video_files,
 )
 from .huggingface import classes_in, load_huggingface, read_huggingface
-from .lists import PARTS, list_classes, read_list
+from .lists import PARTS, parse_list, read_list
 
 SUBSETS = ("train", "val", "test")
 LIST_SUFFIXES = (".csv", ".txt")
@@ -35,7 +35,8 @@ def read_dataset(
     Args:
         layout: a name of `LAYOUTS`:
             'folders': `root/<subset>/<class>/*.mp4`, or `root/<class>/*.mp4`, where every subset is all videos.
-            'list': `<subset>.csv` or `.txt`, lines `video,label`; videos below `root`.
+            'list': `<subset>.csv` or `.txt`, lines `video,label`; videos below `root`. If the training list has several
+                labels a video, so have the others.
             'kinetics': `<subset>.csv` as published.
             'ssv2': labels.json, train.json, validation.json, with or without 'something-something-v2-' before.
             'hmdb51': <class>_test_split<n>.txt; there is no 'val' (see `SOURCES`).
@@ -91,6 +92,17 @@ def find_layout(root: str | Path, annotations: str | Path | None = None) -> str:
     )
 
 
+def is_undivided(layout: str, root: str | Path, annotations: str | Path | None = None) -> bool:
+    """Whether a dataset has videos for training and none for validation: one folder of classes, or one list."""
+    if layout == "list":
+        lists = Path(annotations or root)
+        folder = _find(lists, _list_names("train")).parent
+        # A val.csv that has another train.csv beside it may be the log or the split of an earlier run.
+        found = _named(lists, _list_names("val"))
+        return not any(file.parent == folder or not _train_list(file) for file in found)
+    return layout in SOURCES or (layout == "folders" and is_one_folder(root))
+
+
 def is_one_folder(root: str | Path) -> bool:
     """Whether a dataset of the layout 'folders' has no folders for its parts: `root/<class>/*.mp4`."""
     parts = {name for names in PARTS.values() for name in names}
@@ -119,8 +131,7 @@ def with_classes(annotations: Annotations, classes: Sequence[str]) -> Annotation
             f"{len(unknown)} of {number_of(len(annotations.classes), 'class')} of the dataset are none of the model's "
             f"{len(number)}: {', '.join(unknown[:5])}; the model has {', '.join(list(classes)[:5])}, ..."
         )
-    samples = [(path, number[annotations.classes[label]]) for path, label in annotations.samples]
-    return Annotations(samples, list(classes), annotations.missing)
+    return annotations.renumbered([number[name] for name in annotations.classes], classes)
 
 
 def _folders(root: Path, annotations: Path, subset: str, split: int) -> Annotations:
@@ -141,10 +152,16 @@ def _folders(root: Path, annotations: Path, subset: str, split: int) -> Annotati
 
 
 def _list(root: Path, annotations: Path, subset: str, split: int) -> Annotations:
-    file = _find(annotations, [f"{name}{suffix}" for name in PARTS[subset] for suffix in LIST_SUFFIXES])
+    file = _find(annotations, _list_names(subset))
     train = _train_list(file)
-    classes = list_classes(train, root) if train and train != file else None
-    return read_list(file, root, classes, subset)
+    if not train or train == file:
+        return read_list(file, root, subset=subset)
+    listed = parse_list(train, root, "train")  # its videos needn't exist
+    return read_list(file, root, classes_of(listed.rows), subset, listed.is_multilabel)
+
+
+def _list_names(*subsets: str) -> list[str]:
+    return [f"{name}{suffix}" for subset in subsets for name in PARTS[subset] for suffix in LIST_SUFFIXES]
 
 
 def _kinetics(root: Path, annotations: Path, subset: str, split: int) -> Annotations:
@@ -227,8 +244,7 @@ def _signs(root: Path, annotations: Path) -> Iterator[tuple[str, Path | None]]:
     def first(*endings: str) -> Path | None:
         return next((file for file in files if file.name.endswith(endings)), None)
 
-    lists = [f"{name}{suffix}" for part in ("train", "val") for name in PARTS[part] for suffix in LIST_SUFFIXES]
-    listed = next((file for file in files if file.name in lists), None)
+    listed = next((file for file in files if file.name in _list_names("train", "val")), None)
     is_kinetics = listed is not None and listed.suffix == ".csv" and _has_header(listed, "youtube_id")
     yield "ssv2", first("labels.json") and first("train.json", "validation.json")
     yield "hmdb51", first("_test_split1.txt")
@@ -251,7 +267,11 @@ def _find(folder: Path, names: list[str]) -> Path:
     """The file of one of these names in the folder, or the shallowest below it."""
     if not folder.is_dir():
         raise AnnotationError(f"{folder} is no folder")
-    found = [path for path in folder.rglob("*") if path.name in names and path.is_file()]
+    found = _named(folder, names)
     if not found:
         raise AnnotationError(f"{folder} holds no {' or '.join(names[:2])}; name the folder of the annotation files")
     return min(found, key=lambda path: (len(path.parts), names.index(path.name), path))
+
+
+def _named(folder: Path, names: list[str]) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.name in names and path.is_file()]

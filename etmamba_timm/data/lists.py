@@ -19,6 +19,7 @@ from .annotations import (
     Annotations,
     check_number,
     classes_of,
+    each,
     existing_folder,
     from_rows,
     video_files,
@@ -34,7 +35,9 @@ LABEL_NAMES = {
     *("label", "class", "action", "activity", "category", "target"),
     *("label_name", "class_name", "label_id", "class_id", "class_idx"),
 }
+SEVERAL_NAMES = {"labels", "classes", "actions", "activities", "categories", "targets", "tags"}
 FRAMES_NAMES = {"frames", "num_frames", "n_frames", "nframes", "total_frames", "frame_count"}
+FEWEST_SEVERAL = 0.05  # share of fields that must hold several labels, if no header says so; fewer are mistakes
 FEWEST_FRAMES = 8  # if no header says so, whole numbers are taken for frame counts only from here on
 
 
@@ -42,21 +45,32 @@ class Listed(NamedTuple):
     """The rows of a list.
 
     Attributes:
-        rows: (path of the video as the list gives it, label).
-        notes: how the list was read, where it isn't plain `video,label`; sentences for a warning.
+        rows: (path of the video as the list gives it, label), or a tuple of labels in a list of several labels a video.
+        notes: how the list was read, where it isn't plain `video,label` or `video,labels`; sentences for a warning.
+        is_multilabel: whether it is a list of several labels a video.
     """
 
-    rows: list[tuple[str, str]]
+    rows: list[tuple[str, str | tuple[str, ...]]]
     notes: list[str]
+    is_multilabel: bool
 
 
 def read_list(
-    path: str | Path, root: str | Path | None = None, classes: list[str] | None = None, subset: str | None = None
+    path: str | Path,
+    root: str | Path | None = None,
+    classes: list[str] | None = None,
+    subset: str | None = None,
+    is_multilabel: bool = False,
 ) -> Annotations:
     """A file of lines `video,label`, separated by a comma, a tab, a semicolon or the last space.
 
     Labels are class indices if they are whole numbers, else names. Lines that begin with `#` are comments. A header is
     skipped; other columns (an index, frame counts, parts of the dataset) are recognised, and a warning says so.
+
+    A field may hold several labels: `walk;talk`, `walk|talk`, numbers, or a list as Python writes it. If a twentieth of
+    the fields does, or at least one under a header such as `video,labels`, the list is one of several labels a video:
+    each label is a tuple, an empty field is a video with none of the classes, and rows of the same video are joined.
+    Under such a header, rows that give a video different labels are enough.
 
     Args:
         path: the list.
@@ -64,13 +78,14 @@ def read_list(
         classes: names of the classes; by default those in the list, in alphabetical order or, if they are numbers,
             from 0 to the largest.
         subset: 'train', 'val' or 'test': the rows to take, if a column says which part each row belongs to.
+        is_multilabel: whether videos have several labels even if the list doesn't show it, as the training list does.
 
     Raises:
-        AnnotationError: a line that can't be read, several labels for one video, or most videos missing.
+        AnnotationError: a line that can't be read, several labels for very few videos, or most videos missing.
     """
     path = Path(path)
     folder = existing_folder(root or path.parent)
-    rows, notes = parse_list(path, folder, subset)
+    rows, notes, _ = parse_list(path, folder, subset, is_multilabel)
     if classes is None:
         notes = notes + _gaps(rows)
     if notes:
@@ -78,16 +93,11 @@ def read_list(
     return from_rows(rows, classes, lambda video: folder / video, path, lambda: _remedy(path, folder, rows))
 
 
-def list_classes(path: Path, root: Path) -> list[str]:
-    """The classes of a training list; its videos need not exist."""
-    return classes_of(parse_list(path, root, "train").rows)
-
-
-def parse_list(path: Path, root: Path, subset: str | None = None) -> Listed:
+def parse_list(path: Path, root: Path, subset: str | None = None, is_multilabel: bool = False) -> Listed:
     """The rows of a list. Arguments and errors as in `read_list`; videos may be missing."""
     notes: list[str] = []
     rows = read_rows(path, root, notes)
-    return _Table(path, root, rows, notes).read(subset)
+    return _Table(path, root, rows, notes).read(subset, is_multilabel)
 
 
 class _Table:
@@ -100,23 +110,28 @@ class _Table:
         self.names = self._take_header()  # of the columns, in small letters; empty without a header
         self.left = [i for i in range(len(rows[0].fields)) if i != self.video]
 
-    def read(self, subset: str | None) -> Listed:
+    def read(self, subset: str | None, is_multilabel: bool) -> Listed:
         self._drop_empty()
         self._drop_parts(subset)
         self._drop_index()
         self._drop_frames()
         label = self._label_column()
         rows = [(row, row.fields[self.video], row.fields[label]) for row in self.rows]
-        if bad := next((row for row, video, name in rows if not video or not name), None):
+        is_multilabel = is_multilabel or self._has_several(rows, label)
+        if bad := next((row for row, video, name in rows if not video or not (name or is_multilabel)), None):
             lacks = "label" if bad.fields[self.video] else "video"
             raise AnnotationError(f"{self.path}, line {bad.number}: {short(bad.text)} has no {lacks}; {WANTED}")
         if label < self.video:
             self.notes.append(f"column {label + 1} is taken for the label and column {self.video + 1} for the video")
-        self._check_labels(rows)
+        self._check_labels(
+            [(row, part) for row, _, name in rows for part in (_parts(name) if is_multilabel else [name])]
+        )
         videos = self._slashes([video for _, video, _ in rows])
+        if is_multilabel:
+            return Listed(self._joined(videos, [_parts(name) for _, _, name in rows]), self.notes, True)
         labels = self._whole([name for _, _, name in rows])
         self._tell_repeated(videos, labels)
-        return Listed(list(zip(videos, labels, strict=True)), self.notes)
+        return Listed(list(zip(videos, labels, strict=True)), self.notes, False)
 
     def _column(self, index: int) -> list[str]:
         return [row.fields[index] for row in self.rows]
@@ -163,7 +178,7 @@ class _Table:
         else:  # most videos are missing
             likely = any(
                 not field.lstrip("-").isdecimal() and all(map(str.isdecimal, values)) for field, values in beside
-            ) or (len(beside) == 1 and first.fields[-1].lower() in LABEL_NAMES)
+            ) or (len(beside) == 1 and first.fields[-1].lower() in LABEL_NAMES | SEVERAL_NAMES)
         if not (certain or likely):
             return []
         if not certain:
@@ -186,7 +201,7 @@ class _Table:
             values = self._column(self.left[0])
             if not all(value.isdecimal() and len(value) < 20 for value in values):
                 return
-            if self.names and self.names[self.left[0]] in LABEL_NAMES:
+            if self.names and self.names[self.left[0]] in LABEL_NAMES | SEVERAL_NAMES:
                 return
             numbers = [int(value) for value in values]
             named = bool(self.names) and re.fullmatch(r"|index|unnamed: [\d.]+", self.names[self.left[0]])
@@ -238,7 +253,7 @@ class _Table:
     def _label_column(self) -> int:
         if len(self.left) == 1:
             return self.left[0]
-        labels = [i for i in self.left if self.names and self.names[i] in LABEL_NAMES]
+        labels = [i for i in self.left if self.names and self.names[i] in LABEL_NAMES | SEVERAL_NAMES]
         if len(labels) == 1:
             others = ", ".join(self._called(i) for i in self.left if i != labels[0])
             self.notes.append(f"{others} left out: {self._called(labels[0])} is the label, of the whole video")
@@ -251,18 +266,34 @@ class _Table:
             "the columns in a header, the right one 'label'"
         )
 
-    def _check_labels(self, rows: list[tuple[Row, str, str]]) -> None:
-        """One label for each video; whole numbers, or names."""
-        counts = Counter(part for label in {label for _, _, label in rows} for part in set(_parts(label)))
+    def _has_several(self, rows: list[tuple[Row, str, str]], column: int) -> bool:
+        """Whether it is a list of several labels a video."""
+        if self.names and self.names[column] in SEVERAL_NAMES:
+            labels = {(video, part) for _, video, label in rows for part in _parts(label)}
+            return len(labels) > len({video for video, _ in labels})
+        counts = Counter(part for label in {label for _, _, label in rows} for part in _parts(label))
+        several = []
         for row, _, label in rows:
-            check_number(label, f"{self.path}, line {row.number}: ")
             parts = _parts(label)
             if len(parts) > 1 and (all(map(str.isdecimal, parts)) or any(counts[part] > 1 for part in parts)):
-                raise AnnotationError(
-                    f"{self.path}, line {row.number}: the label {short(label)} looks like {len(parts)} labels "
-                    f"({some(parts)}); {WANTED}: keep the most important one"
-                )
-        names = [(row, label) for row, _, label in rows if not label.isdecimal()]
+                several.append((row, label, parts))
+        if not several:
+            return False
+        row, label, parts = several[0]
+        if len(several) < FEWEST_SEVERAL * len(rows):
+            raise AnnotationError(
+                f"{self.path}, line {row.number}: the label {short(label)} looks like {len(parts)} labels "
+                f"({some(parts)}); {WANTED}: keep the most important one. If videos do have several labels, call the "
+                "column 'labels' in a header"
+            )
+        self.notes.append(f"{self._called(column)} holds several labels a video ({some([label])})")
+        return True
+
+    def _check_labels(self, rows: list[tuple[Row, str]]) -> None:
+        """Whole numbers, or names."""
+        for row, label in rows:
+            check_number(label, f"{self.path}, line {row.number}: ")
+        names = [(row, label) for row, label in rows if not label.isdecimal()]
         if names and 2 * len(names) < len(rows):
             row, label = names[0]
             raise AnnotationError(
@@ -288,6 +319,15 @@ class _Table:
         self.notes.append(f"the labels ({some(labels)}) are read as whole numbers")
         return [label.partition(".")[0] for label in labels]
 
+    def _joined(self, videos: list[str], labels: list[list[str]]) -> list[tuple[str, str | tuple[str, ...]]]:
+        """All labels of each video, in the order of the videos' first rows."""
+        joined: dict[str, dict[str, None]] = {}
+        for video, names in zip(videos, labels, strict=True):
+            joined.setdefault(video, {}).update(dict.fromkeys(names))
+        if unlabelled := [video for video, names in joined.items() if not names]:
+            self.notes.append(f"no label means none of the classes: {len(unlabelled)} videos, first {unlabelled[0]}")
+        return [(video, tuple(names)) for video, names in joined.items()]
+
     def _tell_repeated(self, videos: list[str], labels: list[str]) -> None:
         """Videos that are listed with different labels."""
         given: dict[str, str] = {}
@@ -297,13 +337,13 @@ class _Table:
             video, label = next(iter(twice.items()))
             self.notes.append(
                 f"videos with different labels in several rows, each row a sample of its own: {len(twice)}, first "
-                f"{video} with {given[video]!r} and {label!r}"
+                f"{video} with {given[video]!r} and {label!r} (to join them, call the column 'labels' in a header)"
             )
 
 
-def _gaps(rows: list[tuple[str, str]]) -> list[str]:
+def _gaps(rows: list[tuple[str, str | tuple[str, ...]]]) -> list[str]:
     """A note on numbered classes without a video."""
-    labels = {label for _, label in rows}
+    labels = {name for _, label in rows for name in each(label)}
     if not all(label.isdecimal() for label in labels):
         return []
     numbers, classes = {int(label) for label in labels}, len(classes_of(rows))
@@ -317,7 +357,7 @@ def _gaps(rows: list[tuple[str, str]]) -> list[str]:
     return [f"{classes - len(numbers)} of the {classes} numbered classes, 0 to {classes - 1}, have no videos"]
 
 
-def _remedy(path: Path, root: Path, rows: list[tuple[str, str]]) -> str:
+def _remedy(path: Path, root: Path, rows: list[tuple[str, str | tuple[str, ...]]]) -> str:
     """What to do about missing videos, by the first of them."""
     video = next(video for video, _ in rows if not is_there(root / video))
     slashed = video.replace("\\", "/")
@@ -337,11 +377,15 @@ def _remedy(path: Path, root: Path, rows: list[tuple[str, str]]) -> str:
 
 
 def _parts(label: str) -> list[str]:
-    """The labels in a field that holds several: whole numbers with anything between them, or names with | or ;."""
-    if re.fullmatch(r"\[?\s*\d+(\s*[\s,;|]\s*\d+)+\s*\]?", label):
-        return re.findall(r"\d+", label)
-    parts = [part.strip() for part in re.split(r"[|;]", label)]
-    return parts if all(parts) and len(set(parts)) == len(parts) else [label]
+    """The labels in a field of several: whole numbers with anything between, names with | or ;, or Python's list."""
+    bare = re.sub(r"^\[([^\[\]]*)\]$", r"\1", label)
+    if re.fullmatch(r"[\s,;|]*\d+([\s,;|]+\d+)*[\s,;|]*", bare):
+        parts = re.findall(r"\d+", bare)
+    elif bare != label and re.match(r"""\s*["']""", bare):
+        parts = [text for _, text in re.findall(r"""(["'])(.*?)\1""", bare)]
+    else:
+        parts = [part.strip() for part in re.split(r"[|;]", bare)]
+    return list(dict.fromkeys(filter(None, parts)))
 
 
 def _same_classes(first: Sequence[str], second: Sequence[str]) -> bool:

@@ -53,6 +53,9 @@ class EtMamba(nn.Module):
         folded: whether to build the inference form; see `fold`.
         device, dtype: of the parameters.
 
+    Attributes:
+        is_multilabel: whether a video may be of several classes, so that scores are sigmoids. A new classifier isn't.
+
     Raises:
         ValueError: an invalid argument; in `forward`, an input that doesn't fit the model.
     """
@@ -103,6 +106,7 @@ class EtMamba(nn.Module):
 
         self._made_with: dict = {}
         self.stride: Stride = None
+        self.is_multilabel = False
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
@@ -304,7 +308,7 @@ class EtMamba(nn.Module):
         if global_pool is not None:
             self._set_pool(global_pool, dd)
             update_model_args(self, global_pool=global_pool)
-        self.num_classes = num_classes
+        self.num_classes, self.is_multilabel = num_classes, False
         self.head = nn.Identity()
         if num_classes > 0:
             self.head = nn.Linear(self.embed_dim, num_classes, **dd)

@@ -34,7 +34,13 @@ MEASURED = "measured here"  # the source of our own results; others are plotted 
 
 
 def confusion_matrix(scores: Scores) -> Tensor:
-    """Counts videos by true class (row) and predicted class (column), int64 [classes, classes]."""
+    """Counts videos by true class (row) and predicted class (column), int64 [classes, classes].
+
+    Raises:
+        ValueError: videos have several labels.
+    """
+    if scores.is_multilabel:
+        raise ValueError("the videos of these scores have several labels, so one class isn't confused with another")
     count = len(scores.classes)
     pairs = scores.labels * count + scores.probabilities.argmax(1)
     return pairs.bincount(minlength=count * count).view(count, count)
@@ -116,7 +122,12 @@ def collect_features(
     """Pooled features before the classifier, averaged over each video's views; arguments and errors as in `evaluate`.
 
     Returns: float32 [videos, D], labels [videos], and indices [videos] into the dataset, ascending.
+
+    Raises:
+        ValueError: videos have several labels.
     """
+    if videos.annotations.is_multilabel:
+        raise ValueError("the videos have several labels, and a plot of features shows one class of each")
 
     def features(clips: Tensor) -> Tensor:
         return model.forward_head(model.forward_features(clips), pre_logits=True)

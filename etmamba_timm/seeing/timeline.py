@@ -19,6 +19,7 @@ from ..data import EvalTransform, FrameFolder, VideoReader, open_video
 from ..files import check_file, whole_file
 from ..models import EtMamba
 from ..predict import check_model, class_names
+from ..views import class_scores
 from .plots import check_plot_file, new_figure, save_figure, short
 
 MOST_ROWS = 12  # classes in a plot
@@ -150,7 +151,7 @@ def timeline(
     with torch.inference_mode(), autocast, bar:
         for batch in _batches(reader, clips, transform, batch_size):
             logits = model(batch.to(weight.device, weight.dtype))
-            outputs.append(logits.float().softmax(-1).cpu())
+            outputs.append(class_scores(model, logits.float()).cpu())
             bar.update(len(batch))
     scores = torch.cat(outputs)
     if not scores.isfinite().all():

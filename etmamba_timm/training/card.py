@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..data import SOURCES
 from ..words import number_of
+from .evaluate import METRICS, MULTILABEL_METRICS
 from .recipe import Recipe
 
 
@@ -17,7 +18,7 @@ def run_card(recipe: Recipe, processes: int, best_epoch: int, videos: int, metri
         videos: number of training videos.
         metrics: of these weights, with the recipe's views; see `Scores.metrics`.
     """
-    names = (("top-1", "top1"), ("top-5", "top5"), ("mean class accuracy", "mean_class"))
+    names = METRICS | MULTILABEL_METRICS | {"mean_class": "mean class accuracy"}
     cut = ", taken from the training part by source" if recipe.dataset in SOURCES else ""
     common = {
         "dataset": f"{number_of(int(metrics['videos']), 'validation video')} ({recipe.dataset}{cut})",
@@ -29,9 +30,13 @@ def run_card(recipe: Recipe, processes: int, best_epoch: int, videos: int, metri
     return {
         "source": f"trained from {_start(recipe)}{taught} on {number_of(videos, 'video')} ({recipe.dataset})",
         "recipe": asdict(recipe) | {"checkpoint": Path(recipe.checkpoint).name, "processes": processes} | teacher,
-        "figures": [common | {"metric": name, "value": round(100 * metrics[key], 2)} for name, key in names],
+        "figures": [
+            common | {"metric": name, "value": round(100 * metrics[key], 2)}
+            for key, name in names.items()
+            if key in metrics
+        ],
         "notes": f"The weights are those after epoch {best_epoch + 1} of {recipe.epochs}, the best on these "
-        "videos with one view each, so the accuracy is slightly optimistic; a separate test set would be fairer.",
+        "videos with one view each, so the figures are slightly optimistic; a separate test set would be fairer.",
     }
 
 

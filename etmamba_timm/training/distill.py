@@ -51,6 +51,11 @@ class Distillation:
         self.stored: Tensor | None = None  # log probabilities of each training video; NaN for those without
         self.own_features: Tensor | None = None
         self.weight = recipe.teacher_weight if train_set.classes else 1.0
+        if self.weight and train_set.is_multilabel:
+            raise TeacherError(
+                "videos have several labels, and a teacher's classes exclude each other; leave teacher out, or learn "
+                "its features alone: teacher_weight=0 and feature_weight=1"
+            )
         if is_stored(recipe.teacher):
             if recipe.feature_weight or recipe.mixup or recipe.cutmix:
                 raise TeacherError(
@@ -208,7 +213,7 @@ def named_as(annotations: Annotations, classes: list[str], teacher: str) -> Anno
     if not annotations.classes:
         raise TeacherError("the validation videos have no labels; put some into folders val/<class>/")
     numbers = match_classes(annotations.classes, classes, teacher)
-    return Annotations([(file, numbers[label]) for file, label in annotations.samples], classes, annotations.missing)
+    return annotations.renumbered(numbers, classes)
 
 
 def is_stored(teacher: str) -> bool:

@@ -7,20 +7,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from ..data import EvalClips, VideoError
+from ..data.dataset import target
 from ..files import whole_file
 from ..views import check_is_model, mean_over_views
 from ..words import number_of
 from .progress import Timer
 
 _logger = logging.getLogger(__name__)
+
+# What is measured, by its key in `Scores.metrics`; the first chooses the best epoch.
+METRICS = {"top1": "top-1", "top5": "top-5", "mean_class": "mean of classes"}
+MULTILABEL_METRICS = {"map": "mAP"}
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,7 @@ class Scores:
 
     Attributes:
         probabilities: float32 [videos, classes], the mean over each video's views.
-        labels: [videos].
+        labels: [videos]; if videos have several labels, float32 [videos, classes] of zeros and ones.
         indices: [videos], into the dataset, ascending.
         failed: number of videos that couldn't be decoded. They don't count in the metrics.
         missing: number of listed videos that don't exist. They don't count either.
@@ -43,6 +50,11 @@ class Scores:
     missing: int
     classes: list[str]
 
+    @property
+    def is_multilabel(self) -> bool:
+        """Whether a video may have several labels."""
+        return self.labels.ndim == 2
+
     def topk(self, k: int) -> float:
         """Top-k accuracy, in [0, 1]; among equal probabilities, the first class ranks higher."""
         true = self.probabilities.gather(1, self.labels[:, None])
@@ -51,22 +63,26 @@ class Scores:
         return (ranks_higher.sum(1) < k).double().mean().item()
 
     def per_class(self) -> list[float | None]:
-        """Top-1 accuracy of each class; None for a class without videos."""
+        """Top-1 accuracy of each class, or average precision for several labels; None for a class without videos."""
+        if self.is_multilabel:
+            pairs = zip(self.probabilities.T.numpy(), self.labels.T.numpy(), strict=True)
+            return [average_precision(scores, labels) if labels.any() else None for scores, labels in pairs]
         correct = (self.probabilities.argmax(1) == self.labels).double()
         by_class = [correct[self.labels == i] for i in range(len(self.classes))]
         return [values.mean().item() if len(values) else None for values in by_class]
 
     def metrics(self) -> dict[str, float]:
-        """Top-1, top-5 and mean class accuracy, and the numbers of videos: evaluated, failed and missing."""
+        """Top-1, top-5 and mean class accuracy, and the numbers of videos: evaluated, failed and missing.
+
+        For several labels instead of these accuracies "map", the mean average precision of the classes with videos.
+        """
         known = [value for value in self.per_class() if value is not None]
-        return {
-            "top1": self.topk(1),
-            "top5": self.topk(5),
-            "mean_class": sum(known) / len(known),
-            "videos": len(self.labels),
-            "failed": self.failed,
-            "missing": self.missing,
-        }
+        mean = sum(known) / max(1, len(known))
+        if self.is_multilabel:
+            measured = {"map": mean}
+        else:
+            measured = {"top1": self.topk(1), "top5": self.topk(5), "mean_class": mean}
+        return measured | {"videos": len(self.labels), "failed": self.failed, "missing": self.missing}
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, completely or not at all: the tensors, and the rest as metadata."""
@@ -95,6 +111,19 @@ class Scores:
             raise ValueError(f"{path} holds no scores; `etmamba eval --scores` writes them") from error
 
 
+def average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
+    """The mean precision over the positives of a class, at the threshold of each; equal scores share theirs.
+
+    Args:
+        scores: of all videos, [videos].
+        labels: 1 for the class's videos, of which there are some, else 0; [videos].
+    """
+    order = np.argsort(-scores, kind="stable")
+    ends = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)  # the last of equal scores
+    hits = np.cumsum(labels[order], dtype=np.float64)[ends]
+    return float((np.diff(hits, prepend=0) * hits / (ends + 1)).sum() / hits[-1])
+
+
 def evaluate(
     model: nn.Module,
     videos: EvalClips,
@@ -104,7 +133,7 @@ def evaluate(
     dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> Scores:
-    """Computes softmax scores of each video, averaged over its views.
+    """Computes the class scores of each video (see `class_scores`), averaged over its views.
 
     In a process group (torch.distributed) the processes share the videos, and each returns all scores. Apart from
     rounding, they don't depend on the batch size and the number of processes.
@@ -126,7 +155,7 @@ def evaluate(
         model,
         model,
         videos,
-        softmax=True,
+        scores=True,
         batch_size=batch_size,
         workers=workers,
         dtype=dtype,
@@ -147,7 +176,7 @@ def over_videos(
     function: Callable[[Tensor], Tensor],
     videos: EvalClips,
     *,
-    softmax: bool = False,
+    scores: bool = False,
     batch_size: int,
     workers: int,
     dtype: torch.dtype | None,
@@ -157,9 +186,9 @@ def over_videos(
 
     Args:
         model: the module to put into evaluation mode; clips are moved to its device and dtype.
-        function, softmax: see `mean_over_views`.
+        function, scores: see `mean_over_views`.
 
-    Returns: float64 [videos, X], labels [videos], and indices [videos] into the dataset, ascending.
+    Returns: float64 [videos, X], labels as in `Scores`, and indices [videos] into the dataset, ascending.
     """
     check_is_model(model)
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -169,7 +198,7 @@ def over_videos(
     model.eval()
     try:
         results = mean_over_views(
-            model, function, videos.views(), own, softmax=softmax, batch_size=batch_size, workers=workers, dtype=dtype
+            model, function, videos.views(), own, scores=scores, batch_size=batch_size, workers=workers, dtype=dtype
         )
         bar = tqdm(results, "videos", len(own), leave=False, disable=None if progress and rank == 0 else True)
         with contextlib.closing(results):  # ends the workers
@@ -193,5 +222,6 @@ def over_videos(
     values = torch.stack(list(found.values()))
     if not values.isfinite().all():
         raise ValueError("the scores aren't finite; check the checkpoint, or use float32")
-    labels = torch.tensor([videos.annotations.samples[index][1] for index in found])
+    samples, classes = videos.annotations.samples, len(videos.annotations.classes)
+    labels = default_collate([target(samples[index][1], classes) for index in found])
     return values, labels, torch.tensor(list(found))

@@ -75,12 +75,13 @@ def drawn(annotations: Annotations, balance: float, seed: int, epoch: int) -> li
     """The clips of an epoch, as many as there are videos, as numbers for `TrainClips`.
 
     A video is drawn in proportion to its class's frequency to the power of -`balance`: with 0 each video once, with 1
-    each class equally often. Its number of clips is the expected one, rounded up or down at random; its class's too.
+    each class equally often; of several labels the rarest counts. Its number of clips is the expected one, rounded up
+    or down at random; its class's too.
     """
     count = len(annotations.samples)
     if not balance:
         return list(range(count))
-    labels = np.array([label for _, label in annotations.samples])
+    labels = np.array(annotations.rarest_labels())
     weights = np.bincount(labels)[labels] ** -float(balance)
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(count)

@@ -12,6 +12,7 @@ from accelerate.utils import parse_flag_from_env
 from ..checkpoints import find_checkpoint
 from ..clip import DEFAULT_STRIDE
 from ..data import SOURCES, Annotations
+from ..data.annotations import each
 from ..models import EtMamba, count_cost
 from ..words import number_of
 from .optimizer import head_of
@@ -138,6 +139,7 @@ def make_plan(recipe: Recipe, train_set: Annotations, val_set: Annotations, proc
             + (f" of {recipe.repeat} clips of each video" if recipe.repeat > 1 else ""),
         ),
         ("rate", f"{rate:.3g} with {recipe.opt}, after {number_of(warmup, 'update')} of warm-up"),
+        *([("loss", "binary cross entropy of each class; measured by mAP")] if train_set.is_multilabel else []),
         *([("teacher", recipe.teacher)] if recipe.teacher else []),
     ]
     return Plan(facts, warnings, updates)
@@ -145,13 +147,13 @@ def make_plan(recipe: Recipe, train_set: Annotations, val_set: Annotations, proc
 
 def _videos(train_set: Annotations, val_set: Annotations, is_cut: bool, warnings: list[str]) -> str:
     """The videos and their classes in words; adds warnings."""
-    classes = train_set.classes
+    classes, several = train_set.classes, train_set.is_multilabel
     if not classes:
         return f"{len(train_set.samples)} for training, without labels, and {len(val_set.samples)} for validation"
     train, val = ([0] * len(classes), [0] * len(classes))
     for counts, part in ((train, train_set), (val, val_set)):
-        for _, label in part.samples:
-            counts[label] += 1
+        for i in (i for _, label in part.samples for i in each(label)):
+            counts[i] += 1
     few = [name for name, count in zip(classes, train, strict=True) if count < 2]
     unseen = [name for name, count in zip(classes, val, strict=True) if not count]
     if few:
@@ -162,14 +164,16 @@ def _videos(train_set: Annotations, val_set: Annotations, is_cut: bool, warnings
         warnings.append(
             f"no video for validation in {number_of(len(unseen), 'class')}, first {unseen[0]}: it can't be measured"
         )
-    if sum(val) < LEAST_VAL:
-        share = 100 / max(1, sum(val))
-        warnings.append(f"only {number_of(sum(val), 'video')} for validation: each is {share:.0f} points of accuracy")
+    videos, val_videos = len(train_set.samples), len(val_set.samples)
+    if val_videos < LEAST_VAL:
+        meaning = "the mAP is rough" if several else f"each is {100 / max(1, val_videos):.0f} points of accuracy"
+        warnings.append(f"only {number_of(val_videos, 'video')} for validation: {meaning}")
     largest, smallest = max(train), min(train)
     most, fewest = classes[train.index(largest)], classes[train.index(smallest)]
     spread = f"{smallest} ({fewest}) to {largest} ({most})" if largest > smallest else str(largest)
+    labels = f" with several labels ({sum(train) / videos:.1f} on average)" if several else ""
     text = (
-        f"{sum(train)} for training, {spread} of each of {number_of(len(classes), 'class')}, and {sum(val)} "
+        f"{videos} for training{labels}, {spread} of each of {number_of(len(classes), 'class')}, and {val_videos} "
         "for validation"
     )
     if is_cut:

@@ -54,6 +54,8 @@ def linear_probe(
         raise RunError(f"{folder} exists already; choose a new or empty folder")
     if val_set.classes != train_set.classes:
         raise TrainingError("training and validation videos have different classes; use the same for both")
+    if train_set.is_multilabel or val_set.is_multilabel:
+        raise TrainingError("videos have several labels, and a probe learns one of each; train without --probe")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise TrainingError("a probe runs in one process; start it without a launcher")
     if not (recipe.pretrained or recipe.checkpoint):

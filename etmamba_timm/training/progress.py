@@ -17,7 +17,7 @@ class Progress:
     Attributes:
         update: number of updates, including skipped ones.
         replaced: clips that replaced one of a video that couldn't be decoded.
-        best, best_epoch: highest top-1 so far, and its epoch.
+        best, best_epoch: highest top-1 (or mAP) so far, and its epoch.
         row: number of updates when the log's current row was started.
     """
 

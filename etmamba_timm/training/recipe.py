@@ -51,7 +51,7 @@ class Recipe:
         size: height and width of a clip, in pixels; one number for a square.
         epochs, warmup_epochs: number of epochs, and how many of them are warm-up (may be a fraction).
         balance: how far rare classes are drawn more often: 0 draws each video once an epoch, 1 each class equally
-            often; a class's frequency counts to the power of -balance.
+            often; a class's frequency counts to the power of -balance. Of several labels of a video the rarest counts.
         batch_size: clips per update and process.
         accumulate: number of parts that a batch is split into (gradient accumulation), to save memory.
         opt, opt_args: timm's name of the optimiser, and further arguments of timm's `create_optimizer_v2`.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.config import CONFIG_FILE
+from ..checkpoints.config import CONFIG_FILE, MULTILABEL
 from ..checkpoints.fetch import fetch
 from ..clip import Clip
 from ..data import EvalTransform, Views
@@ -51,6 +51,9 @@ class Teacher(nn.Module):
         super().__init__()
         if not isinstance(head, nn.Linear) or len(transform.mean) != 3:
             raise TeacherError("the teacher has no classifier, or doesn't take RGB clips; give another")
+        problem = getattr(getattr(model, "config", None), "problem_type", None)  # of transformers
+        if getattr(model, "is_multilabel", False) or problem == MULTILABEL:
+            raise TeacherError("the teacher gives a video several labels; give one whose classes exclude each other")
         self.model, self.classes, self.clip, self.transform = model.float(), list(classes), clip, transform
         self.argument, self.width = argument, head.in_features
         head.register_forward_pre_hook(lambda _, inputs: setattr(self, "features", inputs[0]))
@@ -179,4 +182,4 @@ def scores_of_videos(
         options: of `mean_over_views`.
     """
     views = Views(files, teacher.transform, teacher.clip, num_clips, num_crops)
-    return finite(mean_over_views(teacher, teacher, views, softmax=True, **options), files)
+    return finite(mean_over_views(teacher, teacher, views, scores=True, **options), files)

@@ -25,7 +25,7 @@ from accelerate.utils import ProjectConfiguration
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import Mixup
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -40,7 +40,7 @@ from ..models import EtMamba
 from ..words import number_of
 from .card import run_card
 from .distill import Distillation, named_as
-from .evaluate import Scores, evaluate
+from .evaluate import METRICS, MULTILABEL_METRICS, Scores, evaluate
 from .loading import batches, datasets
 from .optimizer import average, head_of, new_optimizer, new_scheduler, step_if
 from .progress import Pace, Progress, Timer
@@ -54,7 +54,6 @@ LOG_UPDATES = 10  # updates averaged in a row of the log
 MOST_SKIPPED = 20  # updates in a row with a gradient that isn't finite, before the run stops
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 TRAIN_COLUMNS = ("update", "epoch", "lr", "loss", "grad_norm", "skipped", "replaced", "clips_per_second")
-VAL_COLUMNS = ("update", "epoch", "top1", "top5", "mean_class", "videos", "failed")
 
 
 class TrainingError(RuntimeError):
@@ -141,7 +140,9 @@ class _Training:
             train_set = replace(train_set, classes=self.distillation.classes)
             val_set = named_as(val_set, train_set.classes, recipe.teacher)
         torch.manual_seed(recipe.seed)
-        self.eval_model = build_model(recipe, train_set.classes)
+        self.eval_model = build_model(recipe, train_set.classes, train_set.is_multilabel)
+        self.metrics = MULTILABEL_METRICS if train_set.is_multilabel else METRICS
+        self.metric = next(iter(self.metrics))  # it chooses the best epoch
         model = copy.deepcopy(self.eval_model)
         self.eval_model.to(accelerator.device)
         self.data, self.val = datasets(recipe, self.eval_model, train_set, val_set)
@@ -157,7 +158,7 @@ class _Training:
             raise TrainingError(f"opt {recipe.opt!r} with opt_args {recipe.opt_args}: {error}") from error
         self.scheduler = new_scheduler(recipe, optimizer, self.epoch_updates, accelerator.num_processes)
         self.ema = ModelEmaV3(model.to(accelerator.device), recipe.ema, use_warmup=True) if recipe.ema else None
-        self.mixup, self.criterion = _criterion(recipe, self.eval_model.num_classes)
+        self.mixup, self.criterion = _criterion(recipe, self.eval_model)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         if recipe.compile:  # in place, so that names of weights don't change
             self.model.compile()
@@ -175,7 +176,8 @@ class _Training:
             self.run.tidy()
             start_trackers(self.accelerator, self.run, self.progress.update, asdict(self.recipe))
             self.log = Log(self.run / TRAIN_LOG, TRAIN_COLUMNS, self.accelerator.log, self.progress.update)
-            self.val_log = Log(self.run / VAL_LOG, VAL_COLUMNS, self.accelerator.log, self.progress.update)
+            columns = ("update", "epoch", *self.metrics, "videos", "failed")
+            self.val_log = Log(self.run / VAL_LOG, columns, self.accelerator.log, self.progress.update)
         for epoch in range(self.progress.update // self.epoch_updates, self.recipe.epochs):
             self.epoch(epoch)
             if self.is_evaluated(epoch):
@@ -332,17 +334,16 @@ class _Training:
         start = time.perf_counter()
         metrics = self.scores(LAST_WEIGHTS).metrics()
         self.pace.count_evaluation(time.perf_counter() - start)
-        is_best = (
-            metrics["top1"] >= self.progress.best
-        )  # with few videos many are equal, and the latest has learnt most
+        is_best = metrics[self.metric] >= self.progress.best  # of few videos' many equals the latest has learnt most
         if is_best:
-            self.progress.best, self.progress.best_epoch = metrics["top1"], epoch
+            self.progress.best, self.progress.best_epoch = metrics[self.metric], epoch
         if self.is_main:
             if is_best:
                 self.run.copy_weights(LAST_WEIGHTS, BEST_WEIGHTS)
-            self.val_log.add(update=self.progress.update, epoch=epoch, **{k: metrics[k] for k in VAL_COLUMNS[2:]})
-            percents = 100 * metrics["top1"], 100 * self.progress.best
-            _logger.info("epoch %d: top-1 %.2f%%, best %.2f%% (one view of each video)", epoch + 1, *percents)
+            measured = {name: metrics[name] for name in self.val_log.columns[2:]}
+            self.val_log.add(update=self.progress.update, epoch=epoch, **measured)
+            said = f"epoch {epoch + 1}: {self.metrics[self.metric]} %.2f%%, best %.2f%% (one view of each video)"
+            _logger.info(said, 100 * metrics[self.metric], 100 * self.progress.best)
 
     def scores(self, weights: str) -> Scores:
         """Evaluates weights of the run's folder on the validation videos; the processes share the work."""
@@ -407,8 +408,10 @@ class _Training:
         )
 
 
-def build_model(recipe: Recipe, classes: list[str]) -> EtMamba:
+def build_model(recipe: Recipe, classes: list[str], is_multilabel: bool = False) -> EtMamba:
     """Creates the recipe's model for these classes, with its pretrained weights if it names any.
+
+    Videos may be of several classes if `is_multilabel`, whatever they may be for the weights.
 
     Raises:
         TrainingError: unknown arguments in model_args, or a model of another package.
@@ -429,15 +432,20 @@ def build_model(recipe: Recipe, classes: list[str]) -> EtMamba:
         raise TrainingError(f"model {recipe.model!r} with model_args {recipe.model_args}: {error}") from error
     if not isinstance(model, EtMamba):
         raise TrainingError(f"model {recipe.model!r} isn't a model of this package; `etmamba info` lists them")
+    model.is_multilabel = is_multilabel
     return model
 
 
-def _criterion(recipe: Recipe, num_classes: int) -> tuple[Mixup | None, nn.Module]:
+def _criterion(recipe: Recipe, model: EtMamba) -> tuple[Mixup | None, nn.Module]:
     """The recipe's mixup, or None, and the loss to go with it."""
-    if not (recipe.mixup or recipe.cutmix):
-        return None, LabelSmoothingCrossEntropy(recipe.label_smoothing)
-    mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=num_classes)
-    return mixup, SoftTargetCrossEntropy()
+    settings = {"label_smoothing": recipe.label_smoothing, "num_classes": model.num_classes}
+    several = model.is_multilabel
+    if recipe.mixup or recipe.cutmix:
+        mixup = Mixup(recipe.mixup, recipe.cutmix, **settings, multi_label=several)
+        return mixup, BinaryCrossEntropy(0.0) if several else SoftTargetCrossEntropy()
+    if several:
+        return None, BinaryCrossEntropy(recipe.label_smoothing, smooth_dense=True)
+    return None, LabelSmoothingCrossEntropy(recipe.label_smoothing)
 
 
 def _check(recipe: Recipe, train_set: Annotations, val_set: Annotations, accelerator: Accelerator) -> None:
@@ -463,11 +471,16 @@ def _check(recipe: Recipe, train_set: Annotations, val_set: Annotations, acceler
         raise TrainingError("the training videos have no labels; set teacher, whose labels are then learnt")
     if train_set.classes and val_set.classes != train_set.classes:
         raise TrainingError("training and validation videos have different classes; use the same for both")
+    if val_set.is_multilabel != train_set.is_multilabel:
+        raise TrainingError("only the training or only the validation videos have several labels; make both alike")
 
 
 def _identity(recipe: Recipe, train_set: Annotations, val_set: Annotations, accelerator: Accelerator) -> dict:
     """Everything that must be the same to resume a run."""
-    return asdict(recipe) | {
+    several = {"multilabel": True} if train_set.is_multilabel else {}  # runs of earlier versions don't say
+    return {
+        **asdict(recipe),
+        **several,
         "processes": accelerator.num_processes,
         "classes": train_set.classes,
         "videos": len(train_set.samples),

@@ -14,6 +14,7 @@ from etmamba_timm.data import (
     EvalTransform,
     find_layout,
     is_one_folder,
+    is_undivided,
     read_dataset,
     with_classes,
 )
@@ -134,6 +135,21 @@ def test_one_folder_of_classes(tmp_path):
     assert is_one_folder(tmp_path)
     for subset in ("train", "val"):
         assert [path.parent.name for path, _ in read_dataset("folders", tmp_path, subset).samples] == ["bus", "train"]
+
+
+def test_one_list(tmp_path):
+    video(tmp_path / "1.mp4")
+    (tmp_path / "train.csv").write_text("1.mp4,a\n")
+    (tmp_path / "run" / "split").mkdir(parents=True)
+    for folder in (tmp_path / "run", tmp_path / "run" / "split"):  # logs and split of a run in the same folder
+        for name in ("train.csv", "val.csv"):
+            (folder / name).touch()
+    assert is_undivided("list", tmp_path)
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "validation.txt").write_text("1.mp4,a\n")
+    assert not is_undivided("list", tmp_path)
+    with pytest.raises(AnnotationError, match=r"lists holds no train.csv or train.txt"):
+        is_undivided("list", tmp_path, tmp_path / "lists")
 
 
 def test_parts_without_classes_are_no_classes(tmp_path):

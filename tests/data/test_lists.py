@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from trees import found, tree
 
 from etmamba_timm.data import AnnotationError, read_dataset, read_list
-from etmamba_timm.data.lists import list_classes, parse_list
+from etmamba_timm.data.annotations import classes_of, each
+from etmamba_timm.data.lists import parse_list
 
 
 @pytest.mark.parametrize(
@@ -224,14 +225,18 @@ def test_the_same_video_with_other_labels_is_told(root, caplog):
     assert "each row a sample of its own: 1, first v/0.mp4 with 'walk' and 'run'" in caplog.text
 
 
+MANY = "v/1.mp4,2\n" * 20  # so many that a field of several labels is a mistake
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("v/0.mp4 3 7\nv/1.mp4 0 4\n", "line 1: 'v/0.mp4 3 7' has 2 columns beside the video.*with one label for each"),
         ("v/0.mp4,3\nv/1.mp4,0\nv/2.mp4,0,4\n", "line 3: 'v/2.mp4,0,4' has 3 fields, separated by ',', where most"),
-        ("v/0.mp4,3 7\nv/1.mp4,2\n", "line 1: the label '3 7' looks like 2 labels \\(3, 7\\).*with one label for each"),
-        ('v/0.mp4,walk\nv/1.mp4,"[3, 7]"\n', r"line 2: the label '\[3, 7\]' looks like 2 labels"),
-        ("v/0.mp4,walk|run\nv/1.mp4,run\n", "line 1: the label 'walk|run' looks like 2 labels .walk, run.*keep the"),
+        ("v/0.mp4,3 7\n" + MANY, "line 1: the label '3 7' looks like 2 labels \\(3, 7\\).*with one label for each"),
+        (MANY + 'v/1.mp4,"[3, 7]"\n', r"line 21: the label '\[3, 7\]' looks like 2 labels"),
+        ("v/0.mp4,walk|2\n" + MANY, "line 1: the label 'walk|2' looks like 2 labels .walk, 2.*keep the.*'labels' in a"),
+        ('v/0.mp4,walk\nv/1.mp4,"[3, 7]"\n', "line 1: the label 'walk' is no whole number, as most others are"),
         ("v/0.mp4,walk,outdoors\nv/1.mp4,run,street\n", "column 2 with 'walk', column 3 with 'outdoors'"),
         ("video,start,end\nv/0.mp4,3,9\n", "column 2 .'start'. with '3'.*name the columns in a header"),
         ("My list\nvideo,label\nv/0.mp4,walk\nv/1.mp4,run\n", "line 1: 'My list' has no label"),
@@ -249,6 +254,92 @@ def test_the_same_video_with_other_labels_is_told(root, caplog):
 def test_what_cannot_be_read_is_told_by_line(root, text, message):
     with pytest.raises(AnnotationError, match=message):
         listed(root, text)
+
+
+def several(folder: Path, text: str, **arguments) -> dict[str, set[str]]:
+    """The labels of each video, by number, of a list of several labels a video."""
+    (folder / "list.csv").write_text(text)
+    read = read_list(folder / "list.csv", folder, **arguments)
+    assert read.is_multilabel
+    assert all(label == tuple(sorted(set(label))) for _, label in read.samples)
+    return {path.stem: {read.classes[i] for i in label} for path, label in read.samples}
+
+
+WALKS = {"0": {"walk", "run"}, "1": {"run"}}
+
+
+@pytest.mark.parametrize(
+    ("text", "labels", "is_told"),
+    [
+        ("path,labels\nv/0.mp4,walk;run\nv/1.mp4,run\n", WALKS, False),
+        ("path,labels\nv/0.mp4,walk|run\nv/1.mp4,run|\n", WALKS, False),
+        ("path,labels\nv/0.mp4,walk\nv/1.mp4,run\nv/0.mp4,run\n", WALKS, False),
+        ("path labels\nv/0.mp4 walk;run\nv/1.mp4 run\n", WALKS, False),
+        ("tags,path\nwalk;run,v/0.mp4\nrun,v/1.mp4\n", WALKS, True),  # the label first
+        ("path,frames,actions\nv/0.mp4,20,walk;run\nv/1.mp4,30,run\n", WALKS, True),  # frames
+        ("v/0.mp4,walk;run\nv/1.mp4,run\n", WALKS, True),
+        ("path,label\nv/0.mp4,walk | run\nv/1.mp4,run\n", WALKS, True),
+        ("v/0.mp4;walk|run\nv/1.mp4;run\n", WALKS, True),
+        ("v/0.mp4\twalk; run\nv/1.mp4\trun\n", WALKS, True),
+        ("""v/0.mp4,"['walk', 'run']"\nv/1.mp4,['run']\n""", WALKS, True),  # pandas, of lists
+        ("v/0.mp4,3 7\nv/1.mp4,2\n", {"0": {"3", "7"}, "1": {"2"}}, True),
+        ('v/0.mp4,"[3, 7]"\nv/1.mp4,[2]\nv/2.mp4,[]\n', {"0": {"3", "7"}, "1": {"2"}, "2": set()}, True),
+        ("path,labels\nv/0.mp4,0;1;1\nv/1.mp4,\n", {"0": {"0", "1"}, "1": set()}, True),
+    ],
+)
+def test_several_labels_a_video(root, caplog, text, labels, is_told):
+    assert several(root, text) == labels
+    assert bool(caplog.text) == is_told
+
+
+def test_what_looks_like_several_labels_and_is_one(root, caplog):
+    rows = [("v/0.mp4", "walk;run"), ("v/1.mp4", "sit"), ("v/2.mp4", "walk;run")]
+    assert listed(root, "v/0.mp4,walk;run\nv/1.mp4,sit\nv/2.mp4,walk;run\n") == rows
+    assert listed(root, "path,labels\nv/0.mp4,walk\nv/1.mp4,sit\n") == [("v/0.mp4", "walk"), ("v/1.mp4", "sit")]
+    assert not caplog.text
+
+
+def test_a_video_without_a_label_among_several_is_told(root, caplog):
+    assert several(root, "path,labels\nv/0.mp4,a;b\nv/1.mp4,\n") == {"0": {"a", "b"}, "1": set()}
+    assert "no label means none of the classes: 1 videos, first v/1.mp4" in caplog.text
+    with pytest.raises(AnnotationError, match="line 3: 'v/1.mp4,' has no label"):
+        listed(root, "path,label\nv/0.mp4,a\nv/1.mp4,\n")
+
+
+def test_validation_has_several_labels_where_training_has(root):
+    (root / "train.csv").write_text("path,labels\nv/0.mp4,a;b\nv/1.mp4,c\n")
+    (root / "val.csv").write_text("v/2.mp4,c\nv/3.mp4,a\n")
+    val = read_dataset("list", root, "val")
+    assert (val.classes, [label for _, label in val.samples]) == (["a", "b", "c"], [(2,), (0,)])
+    (root / "val.csv").write_text("v/2.mp4,c;d\n")
+    with pytest.raises(AnnotationError, match=r"labels \['d'\] are none of the 3 classes"):
+        read_dataset("list", root, "val")
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    labels=st.lists(st.sets(st.sampled_from(["walk", "sit down", "a, b", "é", "7 up"])), min_size=2, max_size=6),
+    separator=st.sampled_from([",", ";", "\t"]),
+    between=st.sampled_from(["|", " | ", ";", "rows"]),
+    label_first=st.booleans(),
+    numbers=st.booleans(),
+)
+def test_several_labels_in_any_form(tmp_path_factory, labels, separator, between, label_first, numbers):
+    """Joined in one field, or in rows of their own, under a header that says so."""
+    root = tree(tmp_path_factory.getbasetemp() / "several", *VIDEOS)
+    wanted = {
+        str(i): {str(len(name) % 5) for name in names} if numbers else names for i, names in enumerate(labels) if names
+    }
+    out = io.StringIO()
+    writer = csv.writer(out, delimiter=separator, lineterminator="\n")
+    writer.writerow(["labels", "path"] if label_first else ["path", "labels"])
+    for i, names in wanted.items():
+        fields = sorted(names) if between == "rows" else [between.join(sorted(names))]
+        writer.writerows([field, VIDEOS[int(i)]] if label_first else [VIDEOS[int(i)], field] for field in fields)
+    if any(len(names) > 1 for names in wanted.values()):
+        assert several(root, out.getvalue()) == wanted
+    elif wanted:
+        assert listed(root, out.getvalue()) == [(VIDEOS[int(i)], *names) for i, names in wanted.items()]
 
 
 def test_a_list_in_another_encoding(root):
@@ -412,8 +503,8 @@ def test_damaged_lists_end_in_an_error_or_a_result(root):
         try:
             read = read_list(root / "list.csv")
             assert read.samples
-            assert all(0 <= label < len(read.classes) for _, label in read.samples)
-            list_classes(root / "list.csv", root)
+            assert all(0 <= i < len(read.classes) for _, label in read.samples for i in each(label))
+            classes_of(parse_list(root / "list.csv", root, "train").rows)
             ends["read"] += 1
         except AnnotationError:
             ends["refused"] += 1

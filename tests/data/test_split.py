@@ -1,5 +1,6 @@
 """One folder of classes split into training and validation videos, and the split read back."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,26 @@ def test_each_class_is_split(root):
     assert train.classes == val.classes == videos.classes
     assert split_videos(videos) == (train, val)
     assert split_videos(videos, seed=1) != (train, val)
+
+
+def test_several_labels_are_split_by_the_rarest_and_read_back(tmp_path):
+    """Class 2 is rare, and its videos are all of class 0 too; five have no label."""
+    labels = [(0,)] * 20 + [(0, 1)] * 10 + [(0, 2)] * 5 + [()] * 5
+    files = [tmp_path / f"{i} x;y.mp4" for i in range(len(labels))]
+    for file in files:
+        file.touch()
+    videos = Annotations(list(zip(files, labels, strict=True)), ["a", "b", "c"], [])
+    parts = split_videos(videos)
+    assert [Counter(label for _, label in part.samples) for part in parts] == [
+        {(0,): 16, (0, 1): 8, (0, 2): 4, (): 4},
+        {(0,): 4, (0, 1): 2, (0, 2): 1, (): 1},
+    ]
+    write_split(tmp_path / "split", tmp_path / "elsewhere", *parts)  # of a list of absolute paths
+    write_split(tmp_path / "split", tmp_path, *parts)
+    assert (tmp_path / "split" / "val.csv").read_text().startswith("video,labels\n")
+    assert read_split(tmp_path / "split", tmp_path, videos.classes) == parts
+    for subset, part in zip(("train", "val"), parts, strict=True):
+        assert read_dataset("list", tmp_path, subset, annotations=tmp_path / "split") == part
 
 
 def test_videos_of_one_source_stay_together():

@@ -5,16 +5,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from shapes import DIRECTIONS, write_shapes
 from torch import nn
 
 from etmamba_timm.checkpoints.save import save_checkpoint
 from etmamba_timm.cli import main
 from etmamba_timm.data import Annotations, Clip, EvalClips, EvalTransform, read_folders
-from etmamba_timm.training.evaluate import Scores, evaluate
+from etmamba_timm.training.evaluate import Scores, average_precision, evaluate
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_frames": 4, "img_size": 32, "patch_size": 8}
 
@@ -94,6 +97,59 @@ def test_metrics():
         "failed": 1,
         "missing": 2,
     }
+
+
+def average_precision_by_hand(scores: list[float], labels: list[int]) -> float:
+    """The sum, over thresholds from the highest score down, of the gain in recall times the precision."""
+    value, before = 0.0, 0
+    for threshold in sorted(set(scores), reverse=True):
+        taken = [label for score, label in zip(scores, labels, strict=True) if score >= threshold]
+        value += (sum(taken) - before) / sum(labels) * sum(taken) / len(taken)
+        before = sum(taken)
+    return value
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.51, 1.0]) | st.floats(0, 1, width=32), st.booleans()))
+)
+def test_average_precision(videos):
+    """Also of equal scores."""
+    sklearn = pytest.importorskip("sklearn.metrics")
+    scores, labels = [score for score, _ in videos], [int(label) for _, label in videos]
+    if not any(labels):
+        return
+    found = average_precision(np.array(scores, np.float32), np.array(labels, np.float32))
+    assert found == pytest.approx(average_precision_by_hand(scores, labels), abs=1e-12)
+    assert found == pytest.approx(sklearn.average_precision_score(labels, scores), abs=1e-12)
+
+
+def test_metrics_of_several_labels(tmp_path):
+    probabilities = torch.tensor([[0.9, 0.8, 0.1], [0.5, 0.4, 0.1], [0.1, 0.9, 0.7], [0.6, 0.1, 0.1]])
+    labels = torch.tensor([[1.0, 1, 0], [1, 0, 0], [0, 0, 0], [0, 1, 0]])
+    scores = Scores(probabilities, labels, torch.arange(4), 1, 2, ["a", "b", "c"])
+    by_class = [(1 + 2 / 3) / 2, (1 / 2 + 2 / 4) / 2]
+    assert scores.per_class() == [*map(pytest.approx, by_class), None]
+    assert scores.metrics() == {"map": pytest.approx(sum(by_class) / 2), "videos": 4, "failed": 1, "missing": 2}
+    scores.save(tmp_path / "s.safetensors")
+    assert Scores.load(tmp_path / "s.safetensors").metrics() == scores.metrics()
+
+
+def test_scores_of_several_labels(model, clips):
+    """Sigmoids, with the labels as zeros and ones."""
+    samples = [(file, (0, label) if i else ()) for i, (file, label) in enumerate(clips.annotations.samples)]
+    clips.annotations = Annotations(samples, clips.annotations.classes, [])
+    assert clips[0]["label"].tolist() == [0, 0, 0, 0]
+    model.is_multilabel = True
+    scores = evaluate(model, clips, batch_size=4)
+    model.is_multilabel = False
+    for row, index in enumerate(scores.indices.tolist()):
+        item = clips[index]
+        with torch.no_grad():
+            by_hand = sum(model(view[None])[0].sigmoid() for view in item["clip"]) / 6
+        torch.testing.assert_close(scores.probabilities[row], by_hand)
+        assert torch.equal(scores.labels[row], item["label"])
+        assert item["label"].nonzero()[:, 0].tolist() == sorted(set(samples[index][1]))
 
 
 def test_saved_scores_come_back(tmp_path):

@@ -38,6 +38,15 @@ def test_videos_of_a_class_take_turns():
     assert all(len(set(epoch)) == 9 for epoch in epochs)  # a video's second clip has another number
 
 
+def test_of_several_labels_the_rarest_counts():
+    """One of ten videos of class 0 is of class 1 too, and another of none: these two are as frequent as all others."""
+    samples = [(Path(f"{i}.mp4"), (0, 1) if i == 4 else () if i == 7 else (0,)) for i in range(10)]
+    annotations = Annotations(samples, ["often", "seldom"], [])
+    assert annotations.rarest_labels() == [0, 0, 0, 0, 1, 0, 0, 2, 0, 0]
+    clips = Counter(i % 10 for epoch in range(60) for i in drawn(annotations, 1, seed=0, epoch=epoch))
+    assert [clips[4] / 60, clips[7] / 60] == pytest.approx([10 / 3, 10 / 3], abs=0.2)
+
+
 def test_it_depends_on_seed_and_epoch_alone():
     draws = [drawn(videos(20, 5), 1, seed, epoch) for seed, epoch in ((0, 1), (0, 1), (0, 2), (1, 1))]
     assert draws[0] == draws[1]

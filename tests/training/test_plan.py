@@ -41,6 +41,22 @@ def test_no_warning_on_the_papers_recipes(name, processes):
     assert plan.updates == recipe.epochs * (train // (64 * processes))
 
 
+def test_several_labels_are_told():
+    samples = [(Path(f"{i}.mp4"), (0, 1) if i % 2 else (0,)) for i in range(40)]
+    train, val = Annotations(samples, ["a", "b"], []), Annotations(samples[:12], ["a", "b"], [])
+    plan = make_plan(finetuned(train), train, val)
+    facts = dict(plan.facts)
+    told = "40 for training with several labels (1.5 on average), 20 (b) to 40 (a) of each of 2 classes, and 12 for"
+    assert facts["videos"] == f"{told} validation"
+    assert facts["loss"] == "binary cross entropy of each class; measured by mAP"
+    assert plan.warnings == []
+    few = make_plan(finetuned(train), train, replace(val, samples=samples[:1]))
+    assert few.warnings == [
+        "1 classes have no video for validation, first b: it can't be measured",
+        "only 1 videos for validation: the mAP is rough",
+    ]
+
+
 @pytest.mark.parametrize("of_each", [9, 900])
 def test_finetune_suits_few_clips_and_many(of_each):
     train, val = videos(*[of_each] * 6), videos(*[3] * 6)

@@ -95,6 +95,8 @@ def read_folders(root: str | Path, classes: list[str] | None = None) -> Annotati
     names = classes or class_folders(root)
     samples: list[tuple[VideoFile, Label]] = []
     others: list[Path] = []
+    held: list[str] = []  # classes with videos
+    nested: list[str] = []  # those whose videos all lie in folders below the class's
     for index, name in enumerate(names):
         videos, frames, beside = _files(root / name)
         if videos:
@@ -102,11 +104,13 @@ def read_folders(root: str | Path, classes: list[str] | None = None) -> Annotati
         videos = videos or frames
         samples += [(path, index) for path in videos]
         others += beside
+        held += [name] if videos else []
+        nested += [name] if videos and all(path.parent != root / name for path in videos) else []
     if not samples:
-        held = f"; they hold {_kinds(others)}" if others else ""
+        hint = f"; they hold {_kinds(others)}" if others else ""
         if any(path.suffix.lower() in PICTURES for path in others):
-            held += ": put the frames of each video in a folder of their own"
-        raise AnnotationError(f"{root} holds no videos in folders of classes, wanted {root}/<class>/<video>.mp4{held}")
+            hint += ": put the frames of each video in a folder of their own"
+        raise AnnotationError(f"{root} holds no videos in folders of classes, wanted {root}/<class>/<video>.mp4{hint}")
     if others:
         _logger.warning(
             "%s: %s in folders of classes left out, no video by the suffix: %s; first %s",
@@ -114,10 +118,8 @@ def read_folders(root: str | Path, classes: list[str] | None = None) -> Annotati
         )
     if loose := sorted(path for path in root.iterdir() if _is_video_name(path.name) and path.is_file()):
         _logger.warning("%s: %s in no folder of a class, first %s", root, number_of(len(loose), "video"), loose[0])
-    held_classes = {index for _, index in samples}
-    flat = {index for path, index in samples if isinstance(path, Path) and path.parent == root / names[index]}
-    if nested := [names[index] for index in sorted(held_classes - flat)]:
-        if len(held_classes) == 1 and (classes is None or len(classes) == 1):
+    if nested:
+        if len(held) == 1 and (classes is None or len(classes) == 1):
             raise AnnotationError(
                 f"{root} would be a single class, {nested[0]!r}, whose videos all lie in folders below it, such as "
                 f"{samples[0][0]}; give {_with_classes(root / nested[0])}"
@@ -127,7 +129,7 @@ def read_folders(root: str | Path, classes: list[str] | None = None) -> Annotati
             "another folder, such as %s",
             *(root, len(nested), number_of(len(names), "class"), nested[0], root / nested[0]),
         )
-    if empty := [name for index, name in enumerate(names) if index not in held_classes]:
+    if empty := [name for name in names if name not in held]:
         total = number_of(len(names), "class")
         _logger.warning("%s: no videos in %d of %s, first %s", root, len(empty), total, empty[0])
     return Annotations(samples, list(names), [])

@@ -325,7 +325,8 @@ class _Table:
         for video, names in zip(videos, labels, strict=True):
             joined.setdefault(video, {}).update(dict.fromkeys(names))
         if unlabelled := [video for video, names in joined.items() if not names]:
-            self.notes.append(f"no label means none of the classes: {len(unlabelled)} videos, first {unlabelled[0]}")
+            count = number_of(len(unlabelled), "video")
+            self.notes.append(f"no label means none of the classes: {count}, first {unlabelled[0]}")
         return [(video, tuple(names)) for video, names in joined.items()]
 
     def _tell_repeated(self, videos: list[str], labels: list[str]) -> None:

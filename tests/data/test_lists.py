@@ -301,7 +301,7 @@ def test_what_looks_like_several_labels_and_is_one(root, caplog):
 
 def test_a_video_without_a_label_among_several_is_told(root, caplog):
     assert several(root, "path,labels\nv/0.mp4,a;b\nv/1.mp4,\n") == {"0": {"a", "b"}, "1": set()}
-    assert "no label means none of the classes: 1 videos, first v/1.mp4" in caplog.text
+    assert "no label means none of the classes: 1 video, first v/1.mp4" in caplog.text
     with pytest.raises(AnnotationError, match="line 3: 'v/1.mp4,' has no label"):
         listed(root, "path,label\nv/0.mp4,a\nv/1.mp4,\n")
 

@@ -327,7 +327,7 @@ def from_rows(
     number = {label: label if label in index else label.lstrip("0") or "0" for label in labels}
     if unknown := sorted(label for label, name in number.items() if name not in index):
         raise AnnotationError(
-            f"{source}: labels {unknown[:5]} are none of the {number_of(len(classes), 'class')} {classes[:5]}..."
+            f"{source}: labels {unknown[:5]} are none of the classes {classes[:5]}" + "..." * (len(classes) > 5)
         )
     samples: list[tuple[VideoFile, Label]] = []
     missing = []

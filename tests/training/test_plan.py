@@ -52,8 +52,8 @@ def test_several_labels_are_told():
     assert plan.warnings == []
     few = make_plan(finetuned(train), train, replace(val, samples=samples[:1]))
     assert few.warnings == [
-        "1 classes have no video for validation, first b: it can't be measured",
-        "only 1 videos for validation: the mAP is rough",
+        "no video for validation in 1 class, first b: it can't be measured",
+        "only 1 video for validation: the mAP is rough",
     ]
 
 

@@ -52,7 +52,7 @@ def test_without_weights_pretrained_is_an_error(name):
     [
         ({"stem": "stpf"}, r"unknown stem 'stpf'; choose one of 'stfp', 'none'"),
         ({"block": "mamba"}, r"unknown block 'mamba'; choose one of 'stcm', 'ebs', 'bimamba'"),
-        ({"global_pool": "max"}, r"unknown global_pool 'max'; choose one of 'token', 'avg', ''"),
+        ({"global_pool": "max"}, r"unknown global_pool 'max'; choose one of 'token', 'avg', 'map', ''"),
         ({"img_size": 100}, "img_size is 100×100; height and width must be multiples of patch_size 16"),
         ({"img_size": (32, 0)}, "img_size is 32×0"),
         ({"embed_dim": 18}, "embed_dim is 18; the 'stcm' block needs a multiple of 4"),

@@ -101,7 +101,7 @@ TABLE = {
     "fine": ({}, save_file, "w.safetensors", None),
     "folded": ({"folded": True}, save_file, "w.safetensors", None),
     "not finite": ({}, lambda w, p: save_file(w | {"norm.bias": torch.full((16,), torch.nan)}, p), "w.safetensors",
-                   "isn't finite: 1 weights hold NaN or infinity, the first is norm.bias"),
+                   "isn't finite: NaN or infinity in 1 weight, the first is norm.bias"),
     "truncated": ({}, truncated, "w.pth", "can't be read as a checkpoint: it is damaged"),
     "code": ({}, lambda w, p: torch.save({"model": w, "hook": Code(p.with_name("run"))}, p), "w.pth",
              "can't be read as a checkpoint: .*weights_only=True blocked"),
@@ -276,7 +276,7 @@ def test_a_started_model_is_no_classifier(tmp_path):
 def test_weights_that_cannot_be_computed_with(change):
     _, weights = weights_of()
     weights["blocks.0.fusion.weight"] = change(weights["blocks.0.fusion.weight"])
-    with pytest.raises(CheckpointError, match="1 weights can't be used, the first is blocks.0.fusion.weight"):
+    with pytest.raises(CheckpointError, match="1 weight can't be used, the first is blocks.0.fusion.weight"):
         read_checkpoint(weights)
 
 

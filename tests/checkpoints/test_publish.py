@@ -78,7 +78,7 @@ def test_the_entry_for_the_manifest_is_one(folder):
     [
         (lambda c: c.update(architecture="etmamba_xl"), "architecture is 'etmamba_xl'; it must be one of"),
         (lambda c: c.pop("architecture"), "config.json has no key 'architecture'"),
-        (lambda c: c.update(label_names=["run"]), "config.json says 1 label names, but the weights have 3"),
+        (lambda c: c.update(label_names=["run"]), "config.json says 1 label name, but the weights have 3"),
         (lambda c: c["clip"].update(num_frames=8), "config.json says 8 frames, but the weights have 2"),
         (lambda c: c.pop("clip"), "there is no block 'clip'"),
         (lambda c: c["card"].pop("licence"), "no licence is stated"),

@@ -240,7 +240,7 @@ def test_features_of_nothing_write_nothing(trained, folder):
         (["features", "good.mp4", "--model", "etmamba_ti", "-o", "f.npz"], "features are written as .safetensors"),
         (["features", "good.mp4", "--model", "etmamba_ti", "-o", "no/f.safetensors"], "no: no such folder"),
         (["predict", "good.mp4", "--model", "etmamba_ti", "--device", "meta"], "device 'meta' can't be used"),
-        (["info", "etmamba_x"], "unknown model 'etmamba_x'; choose one of videomamba_ti,"),
+        (["info", "etmamba_x"], "unknown model 'etmamba_x' (did you mean etmamba_s?); choose one of videomamba_ti,"),
         (["info", "videomamba_ti.k"], "videomamba_ti has no tag 'k'; choose one of k400_f8, in1k,"),
         (["info", "etmamba_ti_ebs.k"], "etmamba_ti_ebs has no tag 'k'; it has none"),
         (["info", "local-dir:nowhere"], "nowhere contains no config.json"),

@@ -169,7 +169,7 @@ def test_saved_scores_come_back(tmp_path):
 
 def test_nothing_to_score(model, clips):
     bad = [sample for i, sample in enumerate(clips.annotations.samples) if i in (4, 10)]
-    clips.annotations = Annotations(bad, clips.annotations.classes, [])
+    clips = EvalClips(Annotations(bad, clips.annotations.classes, []), clips.transform, clips.clip)
     with pytest.raises(ValueError, match="none of 2 videos can be decoded"):
         evaluate(model, clips)
 
@@ -204,7 +204,7 @@ def test_the_command(folder, data, tmp_path, capsys):
     assert scores.labels.tolist() == [3, 3, 3, 2, 2, 1, 1, 1, 0, 0]
     assert [line.split()[0] for line in told[:4]] == scores.classes
     assert told[4].startswith(f"top-1 {scores.topk(1):.2%}, top-5 100.00%")
-    assert told[4].endswith("10 videos (2 failed, not counted)")
+    assert told[4].endswith("10 videos, 2 clips × 1 crop of each (2 failed, not counted)")
     assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["per_class"].keys() == set(DIRECTIONS)
 

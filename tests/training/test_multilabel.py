@@ -81,7 +81,7 @@ def test_it_learns_and_says_how_it_was_measured(done, data, capsys):
     assert train(data, done, "epochs=8", "repeat=4") == 0  # it is finished
     told = capsys.readouterr().out
     assert "48 for training with several labels (1.5 on average)" in told
-    assert f"mAP {scores.metrics()['map']:.2%}, 15 videos (1 failed, not counted)" in told
+    assert f"mAP {scores.metrics()['map']:.2%}, 15 videos, 2 clips × 1 crop of each (1 failed, not counted)" in told
 
 
 def test_eval_and_predict(done, data, capsys):

@@ -49,7 +49,7 @@ def test_a_probe(data, tmp_path, capsys):
 def test_an_attentive_probe(data, tmp_path, capsys):
     settings = ("epochs=5", "epoch_updates=0", "repeat=2")
     assert probe(data, tmp_path / "run", *settings, "--teacher", "etmamba_ti.mocap", kind=("attentive",)) == 2
-    assert "lacks 4 of the 4 classes" in capsys.readouterr().err  # training takes one, a linear probe doesn't
+    assert "lacks 4 of 4 classes" in capsys.readouterr().err  # training takes one, a linear probe doesn't
     assert probe(data, tmp_path / "run", "--teacher", "etmamba_ti.mocap") == 2
     assert "a linear probe learns the true labels alone" in capsys.readouterr().err
     assert probe(data, tmp_path / "attentive", *settings, kind=("attentive",)) == 0

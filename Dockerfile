@@ -18,7 +18,7 @@ COPY . .
 
 FROM base AS test
 RUN pip install --no-cache-dir -e '.[test]'
-CMD ["pytest"]
+CMD ["pytest", "-n", "2"]
 
 FROM base
 RUN pip install --no-cache-dir '.[demo,export]'

@@ -1,9 +1,14 @@
 """What all tests share."""
 
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of several processes, and for those that tests start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 

@@ -26,6 +26,7 @@ from .variation import CLASSES, FPS, SETS, describe, draw
 PACKAGES = ("pybullet", "numpy", "av", "pillow")
 KEYFRAMES = 12  # from one to the next
 OPTIONS = {"preset": "medium", "g": str(KEYFRAMES), "bf": "0", "threads": "1"}
+OPTIONS["x264-params"] = "asm=avx2"  # with AVX-512, x264 now and then writes other bytes for the same frames
 
 
 def render(out: Path, seed: int, counts: dict[str, int], workers: int, pictures: Path | None = None) -> None:

@@ -334,7 +334,8 @@ class _Training:
         start = time.perf_counter()
         metrics = self.scores(LAST_WEIGHTS).metrics()
         self.pace.count_evaluation(time.perf_counter() - start)
-        is_best = metrics[self.metric] >= self.progress.best  # of few videos' many equals the latest has learnt most
+        # With few videos many epochs are equally good; the latest has learnt most.
+        is_best = metrics[self.metric] >= self.progress.best
         if is_best:
             self.progress.best, self.progress.best_epoch = metrics[self.metric], epoch
         if self.is_main:

@@ -18,7 +18,9 @@ MACROS: dict[str, list[dict[str, int]]] = {
         {"ALIGNED": aligned, "CHANNELS": 3, "DEPTHWISE": depthwise} for aligned in (0, 1) for depthwise in (0, 1)
     ],
     "local_conv.cu": [{"DENSE": dense, "WIDTH": width} for dense, width in ((144, 14), (0, 14), (144, 20))],
-    "norm.cu": [{"ALIGNED": aligned} for aligned in (0, 1)],
+    "norm.cu": [
+        {"X_FLOAT": 1, "ALIGNED": aligned, "PER_LANE": lanes} for aligned, lanes in ((1, 2), (1, 5), (1, 10), (0, 18))
+    ],
     "scan_backward.cu": [{"ALIGNED": aligned, "KEEP": gpu.KEEP} for aligned in (0, 1)],
     "scan_forward.cu": [{"ALIGNED": aligned, "KEEP": gpu.KEEP} for aligned in (0, 1)],
     "short_conv.cu": [{"ALIGNED": aligned, "TAPS": 4} for aligned in (0, 1)],

@@ -10,6 +10,8 @@ from .kernels import load_cpu, load_gpu
 from .kernels.choice import check_shapes, state_dtype, takes
 from .kernels.load_cpu import library, pointer
 
+WIDEST = 1280  # elements of a row that the GPU kernels take: a warp has the whole row in registers
+
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
     """Layer norm over the last dimension; without a bias, RMS norm (`x · weight / √(mean(x²) + eps)`).
@@ -33,7 +35,9 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torc
     check_shapes(("weight", weight, (width,)), ("bias", bias, (width,)))
     sums = state_dtype(x.dtype)
     one_dtype = bias is not None and x.dtype == dtype == weight.dtype == bias.dtype
-    if not one_dtype and x.dtype in (sums, dtype) and state_dtype(dtype) == sums and takes("the norm", x, weight, bias):
+    limit = f"its kernel takes rows of at most {WIDEST} elements" if width > WIDEST else None
+    is_fit = not one_dtype and x.dtype in (sums, dtype) and state_dtype(dtype) == sums
+    if is_fit and takes("the norm", x, weight, bias, gpu_limit=limit):
         return _forward(x, weight, bias, eps, dtype)[0]
     return _plain(x, weight, bias, eps, dtype)
 
@@ -137,46 +141,46 @@ def _backward_on_cpu(
 
 class _GpuArgs(ctypes.Structure):  # must match kernels/gpu/norm.cu
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("rows", "width", "row_blocks")),
-        *((name, ctypes.c_int64) for name in ("x_dtype", "weight_dtype", "bias_dtype")),
+        *((name, ctypes.c_int64) for name in ("rows", "width", "blocks", "weight_dtype", "bias_dtype")),
         ("eps", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "out", "dout", "mean", "scale")),
         *((name, ctypes.c_void_p) for name in ("dx", "dparameters")),
     ]
 
 
-def _gpu(
-    dtype: torch.dtype, eps: float, x: Tensor, weight: Tensor, bias: Tensor | None, **tensors: Tensor
-) -> tuple[load_gpu.Module, _GpuArgs]:
-    args = _GpuArgs(x.numel() // x.shape[-1], x.shape[-1], eps=eps)
-    given = {"x": x, "weight": weight, "bias": bias, **tensors}
-    for name, tensor in given.items():
-        setattr(args, name, pointer(tensor))
-    args.x_dtype, args.weight_dtype = load_gpu.DTYPES[x.dtype], load_gpu.DTYPES[weight.dtype]
-    args.bias_dtype = 0 if bias is None else load_gpu.DTYPES[bias.dtype]
-    read = [given.get(name) for name in ("x", "weight", "bias", "out", "dout", "dx")]
-    aligned = all(load_gpu.in_quads(t) for t in read if t is not None)
-    return load_gpu.module("norm.cu", x, DTYPE=load_gpu.DTYPES[dtype], ALIGNED=int(aligned)), args
-
-
 def _run_on_gpu(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor, mean: Tensor, scale: Tensor
 ) -> None:
-    module, args = _gpu(out.dtype, eps, x, weight, bias, out=out, mean=mean, scale=scale)
-    _, _, warps = module.config("row_norm")
-    module.launch("row_norm", (-(-args.rows // warps), 1, 1), args)
+    _launch("row_norm", x, out, eps, weight=weight, bias=bias, out=out, mean=mean, scale=scale)
 
 
 def _backward_on_gpu(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx, sums = torch.empty_like(x), x.new_zeros(2, x.shape[-1], dtype=torch.float32)
-    module, args = _gpu(dout.dtype, 0.0, x, weight, bias, dout=dout, mean=mean, scale=scale, dx=dx, dparameters=sums)
-    _, _, warps = module.config("row_norm_backward")
-    module.launch("row_norm_backward", (-(-args.rows // warps), 1, 1), args)
-    threads, _, columns = module.config("row_norm_parameters")
-    blocks, lanes = -(-args.width // columns), threads // columns
-    wanted = load_gpu.threads_at_once(x.device) // (blocks * threads)
-    args.row_blocks = max(1, min(wanted, -(-args.rows // (4 * lanes))))
-    module.launch("row_norm_parameters", (blocks, args.row_blocks, 1), args)
+    given = {"weight": weight, "bias": bias, "dout": dout, "mean": mean, "scale": scale, "dx": dx, "dparameters": sums}
+    _launch("row_norm_backward", x, dout, 0.0, **given)
     return dx, sums[0], sums[1]
+
+
+def _launch(kernel: str, x: Tensor, like: Tensor, eps: float, **tensors: Tensor | None) -> None:
+    """`like` is in the dtype of the layers; the other tensors are named as in the arguments."""
+    width = x.shape[-1]
+    args = _GpuArgs(x.numel() // width, width, eps=eps, x=x.data_ptr())
+    for name, tensor in tensors.items():
+        setattr(args, name, pointer(tensor))
+    weight, bias = tensors["weight"], tensors["bias"]
+    args.weight_dtype = load_gpu.DTYPES[weight.dtype]
+    args.bias_dtype = 0 if bias is None else load_gpu.DTYPES[bias.dtype]
+    aligned = all(load_gpu.in_quads(t) for t in (x, like))  # the others are new
+    module = load_gpu.module(
+        "norm.cu",
+        x,
+        DTYPE=load_gpu.DTYPES[like.dtype],
+        X_FLOAT=int(x.dtype == torch.float32),
+        ALIGNED=int(aligned),
+        PER_LANE=-(-width // (128 if aligned else 32)),
+    )
+    _, _, warps, blocks = module.config(kernel)
+    args.blocks = min(-(-args.rows // warps), blocks * load_gpu.processors(x.device))
+    module.launch(kernel, (args.blocks, 1, 1), args)

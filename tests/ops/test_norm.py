@@ -84,6 +84,14 @@ def test_it_leaves_a_layer_norm_of_one_dtype_to_pytorch():
     assert "etmamba" in norm(x, weight.bfloat16(), bias.bfloat16(), 1e-5, torch.bfloat16).grad_fn.name()
 
 
+@needs_emulation
+def test_rows_too_wide_for_the_gpu_kernels(monkeypatch):
+    emulate(monkeypatch)
+    x, weight = randn(2, MODULE.WIDEST + 1).float(), randn(MODULE.WIDEST + 1).float().requires_grad_()
+    assert "etmamba" in norm(x[:, :-1], weight[:-1], None, 1e-5, torch.float32).grad_fn.name()
+    assert "etmamba" not in norm(x, weight, None, 1e-5, torch.float32).grad_fn.name()
+
+
 def test_shapes_that_do_not_fit():
     with pytest.raises(ValueError, match=r"weight is \(3,\); it must be \(4,\)"):
         norm(randn(2, 4), randn(3), None, 1e-5, torch.float64)

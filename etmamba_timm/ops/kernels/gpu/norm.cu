@@ -1,16 +1,21 @@
 // Layer norm and RMS norm over rows of any floating-point type, with an output of another, on a GPU, forward and backward.
 // Called from norm.py.
 //
-// A warp takes a row at a time. Rows are short: after the first of several passes they are in the nearest cache.
+// A warp takes a row at a time, and keeps it in registers: every element is read once. Blocks are as many as run at once,
+// so the parameters are read, and their gradients added up, once for many rows.
+//
+// PER_LANE: how many times STEP elements of a row each lane has. X_FLOAT: whether x is float32, not T.
 
 #include "kernel.h"
 
-constexpr int WARPS = 8, THREADS = 32 * WARPS;
-constexpr int COLUMNS = 64, STRIDE = THREADS / COLUMNS;  // row_norm_parameters: columns of a block, threads of a column
+constexpr int WARPS = 4, THREADS = 32 * WARPS;
+constexpr int STEP = ALIGNED ? 4 : 1, ACROSS = 32 * STEP;  // elements of a lane, and of a warp, at once
+constexpr int ELEMENTS = PER_LANE * STEP;                   // of a lane
+constexpr int BLOCKS = ELEMENTS <= (ALIGNED ? 20 : 16) ? 4 : 2;  // on a multiprocessor, so that registers suffice
 
 struct Args {  // must match norm.py
-    i64 rows, width, row_blocks;  // row_blocks: blocks that share a column's sums (row_norm_parameters)
-    i64 x_dtype, weight_dtype, bias_dtype;
+    i64 rows, width, blocks;
+    i64 weight_dtype, bias_dtype;
     float eps;
     void *x, *weight, *bias;  // [rows, D], [D], [D] or null, which makes it an RMS norm
     T *out, *dout;            // [rows, D]
@@ -19,46 +24,58 @@ struct Args {  // must match norm.py
     float* dparameters;       // [2, D], for weight and bias; added to
 };
 
-CONFIG(row_norm, THREADS, 0, WARPS)
-CONFIG(row_norm_backward, THREADS, 0, WARPS)
-CONFIG(row_norm_parameters, THREADS, sizeof(float) * 2 * THREADS, COLUMNS)
+struct Sums {  // of each warp
+    float weight[WARPS][PER_LANE * ACROSS], bias[WARPS][PER_LANE * ACROSS];
+};
 
-constexpr int STEP = ALIGNED ? 4 : 1;  // elements that a lane takes at once
+CONFIG(row_norm, THREADS, 0, WARPS, BLOCKS)
+CONFIG(row_norm_backward, THREADS, sizeof(Sums), WARPS, BLOCKS)
 
-// STEP elements of an array of either type.
-FN void load(const void* x, i64 at, i64 dtype, float* values) {
+// STEP elements of an array of T.
+FN void load(const T* x, i64 at, float* values) {
 #if ALIGNED
-    if (dtype == 0) {
-        const float4 v = *(const float4*)((const float*)x + at);
-        values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w;
-        return;
-    }
-    const uint2 v = *(const uint2*)((const unsigned short*)x + at);
-    const unsigned bits[2] = {v.x, v.y};
+    unpack(*(const Quad*)(x + at), values);
+#else
+    values[0] = to_float(x[at]);
+#endif
+}
+FN void store(T* to, i64 at, const float* values) {
+#if ALIGNED
+    *(Quad*)(to + at) = pack(values);
+#else
+    to[at] = from_float(values[0]);
+#endif
+}
+
+FN void load_x(const void* x, i64 at, float* values) {
+#if !X_FLOAT
+    load((const T*)x, at, values);
+#elif ALIGNED
+    const float4 v = *(const float4*)((const float*)x + at);
+    values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w;
+#else
+    values[0] = ((const float*)x)[at];
+#endif
+}
+FN void store_dx(void* to, i64 at, const float* values) {
+#if !X_FLOAT
+    store((T*)to, at, values);
+#elif ALIGNED
+    *(float4*)((float*)to + at) = make_float4(values[0], values[1], values[2], values[3]);
+#else
+    ((float*)to)[at] = values[0];
+#endif
+}
+
+// A lane's elements of a parameter; those beyond the last are 0.
+FN void load_parameter(const void* parameter, i64 dtype, int first, int width, float (*values)[STEP]) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-        const unsigned short half = (unsigned short)(bits[j / 2] >> (j % 2 * 16));
-        values[j] = dtype == 1 ? bfloat_to_float(half) : half_to_float(half);
-    }
-#else
-    values[0] = element(x, at, (int)dtype);
-#endif
-}
-
-FN void store(T* to, const float* values) {
-#if ALIGNED
-    *(Quad*)to = pack(values);
-#else
-    *to = from_float(values[0]);
-#endif
-}
-
-FN void store_float(float* to, const float* values) {
-#if ALIGNED
-    *(float4*)to = make_float4(values[0], values[1], values[2], values[3]);
-#else
-    *to = values[0];
-#endif
+    for (int k = 0; k < PER_LANE; ++k)
+#pragma unroll
+        for (int j = 0; j < STEP; ++j) {
+            const int i = first + k * ACROSS + j;
+            values[k][j] = parameter && i < width ? element(parameter, i, (int)dtype) : 0.f;
+        }
 }
 
 FN float warp_sum(float x) {
@@ -67,91 +84,79 @@ FN float warp_sum(float x) {
     return x;
 }
 
-KERNEL(row_norm, THREADS, 4) {
-    const i64 row = (i64)blockIdx.x * WARPS + threadIdx.x / 32;
-    if (row >= a.rows) return;  // a whole warp
+// The next statement, for each of a lane's groups of elements that a row has.
+#define FOR_ELEMENTS(k)                     \
+    _Pragma("unroll")                       \
+    for (int k = 0; k < PER_LANE; ++k)      \
+        if (first + k * ACROSS < width)
+
+KERNEL(row_norm, THREADS, BLOCKS) {
     const int first = threadIdx.x % 32 * STEP, width = (int)a.width;
-    const i64 start = row * width;
-    float mean = 0.f, squares = 0.f, x[STEP], weight[STEP], bias[STEP];
-    if (a.bias) {
-#pragma unroll 4
-        for (int i = first; i < width; i += 32 * STEP) {
-            load(a.x, start + i, a.x_dtype, x);
-            for (int j = 0; j < STEP; ++j) mean += x[j];
+    float weight[PER_LANE][STEP], bias[PER_LANE][STEP];
+    load_parameter(a.weight, a.weight_dtype, first, width, weight);
+    load_parameter(a.bias, a.bias_dtype, first, width, bias);
+    for (i64 row = (i64)blockIdx.x * WARPS + threadIdx.x / 32; row < a.rows; row += a.blocks * WARPS) {
+        const i64 start = row * width + first;
+        float x[PER_LANE][STEP], mean = 0.f, squares = 0.f;
+        FOR_ELEMENTS(k) load_x(a.x, start + k * ACROSS, x[k]);
+        if (a.bias) {
+            FOR_ELEMENTS(k)
+                for (int j = 0; j < STEP; ++j) mean += x[k][j];
+            mean = warp_sum(mean) / (float)width;
         }
-        mean = warp_sum(mean) / (float)width;
+        FOR_ELEMENTS(k)
+            for (int j = 0; j < STEP; ++j) squares += (x[k][j] - mean) * (x[k][j] - mean);
+        const float scale = rsqrtf(warp_sum(squares) / (float)width + a.eps);
+        FOR_ELEMENTS(k) {
+            for (int j = 0; j < STEP; ++j) x[k][j] = fmaf((x[k][j] - mean) * scale, weight[k][j], bias[k][j]);
+            store(a.out, start + k * ACROSS, x[k]);
+        }
+        if (first == 0) a.mean[row] = mean, a.scale[row] = scale;
     }
-#pragma unroll 4
-    for (int i = first; i < width; i += 32 * STEP) {
-        load(a.x, start + i, a.x_dtype, x);
-        for (int j = 0; j < STEP; ++j) squares += (x[j] - mean) * (x[j] - mean);
-    }
-    const float scale = rsqrtf(warp_sum(squares) / (float)width + a.eps);
-#pragma unroll 4
-    for (int i = first; i < width; i += 32 * STEP) {
-        load(a.x, start + i, a.x_dtype, x);
-        load(a.weight, i, a.weight_dtype, weight);
-        if (a.bias) load(a.bias, i, a.bias_dtype, bias);
-        for (int j = 0; j < STEP; ++j) x[j] = fmaf((x[j] - mean) * scale, weight[j], a.bias ? bias[j] : 0.f);
-        store(a.out + start + i, x);
-    }
-    if (threadIdx.x % 32 == 0) a.mean[row] = mean, a.scale[row] = scale;
 }
 
 // dx = scale · (dy·w - mean(dy·w) - x̂ · mean(dy·w·x̂)) for x̂ = (x - mean) · scale; without the first mean for an RMS norm.
-KERNEL(row_norm_backward, THREADS, 4) {
-    const i64 row = (i64)blockIdx.x * WARPS + threadIdx.x / 32;
-    if (row >= a.rows) return;  // a whole warp
-    const int first = threadIdx.x % 32 * STEP, width = (int)a.width;
-    const i64 start = row * width;
-    const float mean = a.mean[row], scale = a.scale[row];
-    float plain = 0.f, along = 0.f, x[STEP], dy[STEP], weight[STEP];
-#pragma unroll 4
-    for (int i = first; i < width; i += 32 * STEP) {
-        load(a.x, start + i, a.x_dtype, x);
-        load(a.dout, start + i, DTYPE, dy);
-        load(a.weight, i, a.weight_dtype, weight);
-        for (int j = 0; j < STEP; ++j) {
-            plain += dy[j] * weight[j];
-            along += dy[j] * weight[j] * (x[j] - mean) * scale;
-        }
-    }
-    plain = a.bias ? warp_sum(plain) / (float)width : 0.f;
-    along = warp_sum(along) / (float)width;
-#pragma unroll 4
-    for (int i = first; i < width; i += 32 * STEP) {
-        load(a.x, start + i, a.x_dtype, x);
-        load(a.dout, start + i, DTYPE, dy);
-        load(a.weight, i, a.weight_dtype, weight);
-        for (int j = 0; j < STEP; ++j) x[j] = scale * (dy[j] * weight[j] - plain - (x[j] - mean) * scale * along);
-        if (a.x_dtype == 0) store_float((float*)a.dx + start + i, x);
-        else store((T*)a.dx + start + i, x);  // x is of T as well
-    }
-}
-
-struct Sums {
-    float weight[STRIDE][COLUMNS], bias[STRIDE][COLUMNS];
-};
-
-// A thread takes one column of every STRIDE-th of its block's rows.
-KERNEL(row_norm_parameters, THREADS, 4) {
+KERNEL(row_norm_backward, THREADS, BLOCKS) {
     SHARED(Sums, sums);
-    const int column = threadIdx.x % COLUMNS, lane = threadIdx.x / COLUMNS;
-    const i64 at = (i64)blockIdx.x * COLUMNS + column;
-    float weight = 0.f, bias = 0.f;
-    if (at < a.width) {
-#pragma unroll 4
-        for (i64 row = (i64)blockIdx.y * STRIDE + lane; row < a.rows; row += a.row_blocks * STRIDE) {
-            const float dy = to_float(a.dout[row * a.width + at]);
-            weight += dy * (element(a.x, row * a.width + at, (int)a.x_dtype) - a.mean[row]) * a.scale[row];
-            bias += dy;
+    const int first = threadIdx.x % 32 * STEP, width = (int)a.width;
+    float weight[PER_LANE][STEP], dweight[PER_LANE][STEP], dbias[PER_LANE][STEP];
+    load_parameter(a.weight, a.weight_dtype, first, width, weight);
+#pragma unroll
+    for (int k = 0; k < PER_LANE; ++k)
+        for (int j = 0; j < STEP; ++j) dweight[k][j] = dbias[k][j] = 0.f;
+    for (i64 row = (i64)blockIdx.x * WARPS + threadIdx.x / 32; row < a.rows; row += a.blocks * WARPS) {
+        const i64 start = row * width + first;
+        const float mean = a.mean[row], scale = a.scale[row];
+        float x[PER_LANE][STEP], dy[PER_LANE][STEP], plain = 0.f, along = 0.f;
+        FOR_ELEMENTS(k) {
+            load_x(a.x, start + k * ACROSS, x[k]);
+            load(a.dout, start + k * ACROSS, dy[k]);
+        }
+        FOR_ELEMENTS(k)
+            for (int j = 0; j < STEP; ++j) {
+                x[k][j] = (x[k][j] - mean) * scale;
+                dweight[k][j] += dy[k][j] * x[k][j], dbias[k][j] += dy[k][j];
+                dy[k][j] *= weight[k][j];
+                plain += dy[k][j], along += dy[k][j] * x[k][j];
+            }
+        plain = a.bias ? warp_sum(plain) / (float)width : 0.f;
+        along = warp_sum(along) / (float)width;
+        FOR_ELEMENTS(k) {
+            for (int j = 0; j < STEP; ++j) x[k][j] = scale * (dy[k][j] - plain - x[k][j] * along);
+            store_dx(a.dx, start + k * ACROSS, x[k]);
         }
     }
-    sums.weight[lane][column] = weight, sums.bias[lane][column] = bias;
+#pragma unroll
+    for (int k = 0; k < PER_LANE; ++k)
+        for (int j = 0; j < STEP; ++j) {
+            sums.weight[threadIdx.x / 32][first + k * ACROSS + j] = dweight[k][j];
+            sums.bias[threadIdx.x / 32][first + k * ACROSS + j] = dbias[k][j];
+        }
     __syncthreads();
-    if (lane == 0 && at < a.width) {
-        for (int i = 1; i < STRIDE; ++i) weight += sums.weight[i][column], bias += sums.bias[i][column];
-        add_to(a.dparameters + at, weight);
-        add_to(a.dparameters + a.width + at, bias);
+    for (int i = threadIdx.x; i < width; i += THREADS) {
+        float of_weight = 0.f, of_bias = 0.f;
+        for (int warp = 0; warp < WARPS; ++warp) of_weight += sums.weight[warp][i], of_bias += sums.bias[warp][i];
+        add_to(a.dparameters + i, of_weight);
+        if (a.bias) add_to(a.dparameters + width + i, of_bias);
     }
 }

@@ -20,7 +20,6 @@ constexpr int PAIRS = 24, CHANNELS = 2 * PAIRS, LINES = 8, THREADS = PAIRS * LIN
 // Blocks at once on a multiprocessor: they bound a thread's registers, of which long lines need many.
 constexpr int BLOCKS = PARTS == 1 && COLUMNS <= (DTYPE != 0 && DENSE ? 14 : 10) ? 3 : 2;
 constexpr int PITCH = CHANNELS + 2;  // in shared memory: neighbouring taps of a channel lie in different banks
-constexpr int SUMMED = 32, SUMMERS = 8;  // the last sums: channels of a block, threads of a channel
 
 struct Parameter { void* data; i64 dtype; };  // contiguous
 
@@ -38,7 +37,7 @@ struct Shared { float weight[TAPS][PITCH], bias[SCALES][PITCH]; };
 CONFIG(local_conv, THREADS, sizeof(Shared), CHANNELS, LINES, PARTS)
 CONFIG(local_conv_dconv, THREADS, sizeof(Shared), CHANNELS, LINES, PARTS)
 CONFIG(local_conv_backward, THREADS, sizeof(Shared), CHANNELS, LINES, PARTS)
-CONFIG(local_conv_sum, SUMMED * SUMMERS, SUMMED * SUMMERS * sizeof(float), SUMMED, TAPS + SCALES)
+CONFIG(local_conv_sum, SUMMED * SUMMERS, sizeof(ColumnSums), SUMMED, TAPS + SCALES)
 
 // Two channels, `channel` elements apart; the second is 0 where there is none.
 FN float2 load_pair(const float* at, i64 channel, bool second) {
@@ -94,10 +93,10 @@ struct Place {
     bool second;                    // whether the pair's second channel exists
 
     FN Place(const Args& a, i64 line, i64 tile) : height((int)a.height), pair(threadIdx.x % PAIRS) {
-        const i64 rows_each = a.frames_each * a.height, row_of_all = line / PARTS;
+        const int rows_each = (int)a.frames_each * height, row_of_all = (int)line / PARTS;
         batch = row_of_all / rows_each;
         token = 1 + row_of_all % rows_each * WIDTH;
-        row = (int)(row_of_all % rows_each % a.height);
+        row = row_of_all % rows_each % height;
         column = (int)(line % PARTS) * COLUMNS;
         channel = tile * CHANNELS + 2 * pair;
         second = channel + 1 < a.channels;
@@ -173,14 +172,17 @@ template <int SCALE> FN void gather(const Args& a, i64 tile, Shared& shared) {
     constexpr int K2 = side(SCALE) * side(SCALE);
     const Parameter weight = a.parameters[SCALE], bias = a.parameters[SCALES + SCALE];
     const i64 first = tile * CHANNELS;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < CHANNELS * K2; i += THREADS) {
-        const int channel = i / K2, tap = i % K2;
-        shared.weight[first_tap(SCALE) + tap][channel] =
-            first + channel < a.channels ? element(weight.data, first * K2 + i, (int)weight.dtype) : 0.f;
+    constexpr int EACH = ceil_div(CHANNELS * K2, THREADS);
+    float values[EACH];
+    elements<EACH>(weight.data, (int)weight.dtype, first * K2 + threadIdx.x, THREADS, a.channels * K2, values);
+#pragma unroll
+    for (int n = 0; n < EACH; ++n) {
+        const int i = threadIdx.x + n * THREADS;
+        if (i < CHANNELS * K2) shared.weight[first_tap(SCALE) + i % K2][i / K2] = values[n];
     }
-    for (int i = threadIdx.x; i < CHANNELS; i += THREADS)
-        shared.bias[SCALE][i] = first + i < a.channels ? element(bias.data, first + i, (int)bias.dtype) : 0.f;
+    static_assert(CHANNELS <= THREADS, "a thread for each bias");
+    if (threadIdx.x < CHANNELS)
+        elements<1>(bias.data, (int)bias.dtype, first + threadIdx.x, 1, a.channels, &shared.bias[SCALE][threadIdx.x]);
 }
 
 // SCALE 0 to 2: a convolution; 3: x itself. Then SiLU and the residual; or, if GRADIENT, that of what goes into SiLU.
@@ -303,19 +305,11 @@ KERNEL(local_conv_backward, THREADS, BLOCKS) {
 // The last step: sums of the parameters' gradients over the stretches, in their own layout and type.
 // Blocks [channels, taps and biases].
 KERNEL(local_conv_sum, SUMMED * SUMMERS, 1) {
-    typedef float Sums[SUMMERS][SUMMED];
-    SHARED(Sums, shared);
-    const int lane = threadIdx.x % SUMMED, summer = threadIdx.x / SUMMED, row = blockIdx.y;
-    const i64 channel = (i64)blockIdx.x * SUMMED + lane;
-    float sum = 0.f;
-    const i64 end = channel < a.channels ? a.stretches : 0;
-#pragma unroll 4
-    for (i64 i = summer; i < end; i += SUMMERS) sum += a.sums[(i * (TAPS + SCALES) + row) * a.channels + channel];
-    shared[summer][lane] = sum;
-    __syncthreads();
-    if (summer != 0 || channel >= a.channels) return;
-#pragma unroll
-    for (int i = 1; i < SUMMERS; ++i) sum += shared[i][lane];
+    SHARED(ColumnSums, shared);
+    const int row = blockIdx.y;
+    const i64 channel = (i64)blockIdx.x * SUMMED + threadIdx.x % SUMMED, pitch = (TAPS + SCALES) * a.channels;
+    const float sum = column_sum(a.sums + row * a.channels + channel, a.stretches, pitch, channel < a.channels, shared);
+    if (threadIdx.x >= SUMMED || channel >= a.channels) return;
     const bool bias = row >= TAPS;
     const int scale = row < first_tap(1) ? 0 : row < first_tap(2) ? 1 : 2, taps = side(scale) * side(scale);
     const Parameter gradient = a.gradients[bias ? SCALES + row - TAPS : scale];

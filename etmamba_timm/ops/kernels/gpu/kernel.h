@@ -56,19 +56,16 @@ FN void set_element(void* x, i64 i, int dtype, float value) {
 // Elements `begin`, `begin + step` and so on, 0 from `end` on. All are asked for before the first is needed: a type that is
 // looked up for each of them would have each wait for the one before.
 template <int N> FN void elements(const void* x, int dtype, i64 begin, int step, i64 end, float* values) {
-    unsigned bits[N];
     if (dtype == 0) {
 #pragma unroll
-        for (int n = 0; n < N; ++n) bits[n] = begin + n * step < end ? ((const unsigned*)x)[begin + n * step] : 0;
-    } else {
-#pragma unroll
-        for (int n = 0; n < N; ++n) bits[n] = begin + n * step < end ? ((const unsigned short*)x)[begin + n * step] : 0;
+        for (int n = 0; n < N; ++n) values[n] = begin + n * step < end ? ((const float*)x)[begin + n * step] : 0.f;
+        return;
     }
+    unsigned short bits[N];
 #pragma unroll
-    for (int n = 0; n < N; ++n)
-        values[n] = dtype == 0 ? __uint_as_float(bits[n])
-                  : dtype == 1 ? bfloat_to_float((unsigned short)bits[n])
-                               : half_to_float((unsigned short)bits[n]);
+    for (int n = 0; n < N; ++n) bits[n] = begin + n * step < end ? ((const unsigned short*)x)[begin + n * step] : 0;
+#pragma unroll
+    for (int n = 0; n < N; ++n) values[n] = dtype == 1 ? bfloat_to_float(bits[n]) : half_to_float(bits[n]);
 }
 // 4N neighbouring elements from an address that is aligned to four.
 template <int N> FN void element_quads(const void* x, int dtype, i64 begin, float* values) {

@@ -19,10 +19,10 @@ constexpr int PARTS = ceil_div(WIDTH, 16), COLUMNS = ceil_div(WIDTH, PARTS);  //
 constexpr int PAIRS = 24, CHANNELS = 2 * PAIRS, LINES = 8, THREADS = PAIRS * LINES;
 // Blocks at once on a multiprocessor: they bound a thread's registers, of which long lines need many.
 #ifndef LOCAL_BLOCKS
-#define LOCAL_BLOCKS (PARTS > 1 ? 2 : COLUMNS <= (DENSE ? 14 : 10) ? 4 : 3)
+#define LOCAL_BLOCKS (PARTS > 1 || COLUMNS > 14 ? 2 : DENSE ? 4 : COLUMNS <= 10 ? 3 : 2)
 #endif
 #ifndef BACK_BLOCKS
-#define BACK_BLOCKS (PARTS > 1 ? 2 : DTYPE && DENSE && COLUMNS <= 14 ? 4 : COLUMNS <= 10 ? 3 : 2)
+#define BACK_BLOCKS (PARTS > 1 || COLUMNS > 14 ? 2 : DTYPE && DENSE ? 4 : COLUMNS <= 10 ? 3 : 2)
 #endif
 #ifndef LATE
 #define LATE 1

@@ -11,7 +11,7 @@ constexpr int BEFORE = TAPS - 1;
 constexpr int larger(int a, int b) { return a > b ? a : b; }
 // Channels (in quads) and steps of a thread's chunk, and blocks at once on a multiprocessor, which bound its registers.
 #ifndef FORWARD_QUADS
-#define FORWARD_QUADS (DTYPE ? 2 : 1)
+#define FORWARD_QUADS (DTYPE && ALIGNED ? 2 : 1)
 #endif
 #ifndef FORWARD_CHUNK
 #define FORWARD_CHUNK 4
@@ -23,7 +23,7 @@ constexpr int larger(int a, int b) { return a > b ? a : b; }
 #define BACKWARD_CHUNK 4
 #endif
 #ifndef BACKWARD_BLOCKS
-#define BACKWARD_BLOCKS 3
+#define BACKWARD_BLOCKS (ALIGNED ? 3 : 2)
 #endif
 constexpr int THREADS = 128, CHUNK = FORWARD_CHUNK, BACK_CHUNK = larger(BACKWARD_CHUNK, BEFORE);
 constexpr int LANES = 16, WALKS = THREADS / LANES;  // backward: threads side by side, and stretches of a block

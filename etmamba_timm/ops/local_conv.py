@@ -225,7 +225,7 @@ class _Gpu:
         module = self.module(residual, out)
         lines, channels = self.blocks(module, "local_conv")
         self.args.residual, self.args.out = _tokens(residual), _tokens(out)
-        module.launch("local_conv", (lines, 4, channels), self.args)
+        module.launch("local_conv", (4 * lines, channels, 1), self.args)
 
     def backward(self, dout: Tensor, dx: Tensor) -> list[Tensor]:
         batch, tokens, width = dx.shape
@@ -239,8 +239,8 @@ class _Gpu:
         gradients = [torch.empty_like(p) for p in self.parameters]
         self.args.dout, self.args.dx, self.args.dconv = _tokens(dout), _tokens(dx), _tokens(dconv)
         self.args.sums, self.args.gradients = sums.data_ptr(), _pointers(gradients)
-        module.launch("local_conv_dconv", (lines, 3, channels), self.args)
-        module.launch("local_conv_backward", (lines, 3, channels), self.args)
+        module.launch("local_conv_dconv", (3 * lines, channels, 1), self.args)
+        module.launch("local_conv_backward", (channels * (2 * stretches + lines), 1, 1), self.args)
         _, _, summed, rows = module.config("local_conv_sum")
         module.launch("local_conv_sum", (-(-width // summed), rows, 1), self.args)
         return gradients

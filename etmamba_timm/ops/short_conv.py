@@ -74,15 +74,16 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, weight and bias; the last is empty without a bias."""
     dx = x.new_empty(x.shape)
+    dweight = weight.new_empty(weight.shape)
+    dbias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     kernel = (_Gpu if load_gpu.on_gpu(x) else _Cpu)(x, weight, bias, reverse)
-    sums = kernel.backward(dout, dx)  # [K + 1, E], the last row for the bias
-    dweight = sums[:-1].t().contiguous().to(weight.dtype).unsqueeze(1)  # [K, E] -> [E, 1, K]
-    return dx, dweight, x.new_empty(0) if bias is None else sums[-1].to(bias.dtype, copy=True)
+    kernel.backward(dout, dx, dweight, None if bias is None else dbias)
+    return dx, dweight, dbias
 
 
 @_backward.register_fake
 def _(dout, x, weight, bias, reverse):
-    dbias = x.new_empty(0) if bias is None else torch.empty_like(bias)
+    dbias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias
 
 
@@ -132,27 +133,32 @@ class _Cpu:
         self.args.out = strided(out.mT)
         library().etmamba_short_conv(ctypes.byref(self.args), self.dtype, False)
 
-    def backward(self, dout: Tensor, dx: Tensor) -> Tensor:
+    def backward(self, dout: Tensor, dx: Tensor, dweight: Tensor, dbias: Tensor | None) -> None:
         directions, batch, length, width = dx.shape
         segments = library().etmamba_short_conv_segments(ctypes.c_int64(length))
-        dweight = self.taps.new_empty(directions * batch * segments, len(self.taps) + 1, width)
-        self.args.dout, self.args.dx, self.args.dweight = strided(dout.mT), strided(dx.mT), dweight.data_ptr()
+        sums = self.taps.new_empty(directions * batch * segments, len(self.taps) + 1, width)
+        self.args.dout, self.args.dx, self.args.dweight = strided(dout.mT), strided(dx.mT), sums.data_ptr()
         library().etmamba_short_conv(ctypes.byref(self.args), self.dtype, True)
-        return dweight.sum(0)
+        total = sums.sum(0)  # [K + 1, E], the last row for the bias
+        dweight.copy_(total[:-1].t().unsqueeze(1))  # [K, E] -> [E, 1, K]
+        if dbias is not None:
+            dbias.copy_(total[-1])
 
 
 class _GpuArgs(ctypes.Structure):  # must match kernels/gpu/short_conv.cu
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("directions", "batch", "width", "length", "reverse", "parts")),
+        *((name, ctypes.c_int64) for name in ("directions", "batch", "width", "length", "reverse", "steps", "blocks")),
         *((name, Strided) for name in ("x", "out", "dout", "dx")),
-        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "dweight", "dbias")),
         *((name, ctypes.c_int64) for name in ("weight_dtype", "bias_dtype")),
-        ("dweight", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
     ]
 
 
 class _Gpu:
     """Launches of the GPU kernels."""
+
+    START = 2  # what a stretch costs before its first step, in chunks of steps
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> None:
         self.x, self.weight = x, weight.contiguous()
@@ -164,7 +170,9 @@ class _Gpu:
         self.args.bias_dtype = 0 if bias is None else load_gpu.DTYPES[bias.dtype]
 
     def module(self, *tensors: Tensor) -> load_gpu.Module:
-        aligned = all(load_gpu.in_quads(t) for t in (self.x, *tensors))
+        sixteen_bytes = 16 // self.x.itemsize
+        aligned = all(load_gpu.in_groups(t, sixteen_bytes) for t in (self.x, *tensors))
+        aligned &= all(p is None or p.data_ptr() % (4 * p.itemsize) == 0 for p in (self.weight, self.bias))
         return load_gpu.module(
             "short_conv.cu",
             self.x,
@@ -173,21 +181,36 @@ class _Gpu:
             TAPS=self.weight.shape[-1],
         )
 
+    def cut(self, walks: int, room: int, chunk: int) -> int:
+        """Cuts each of `walks` rows of steps into stretches, `room` of which run at once on a multiprocessor.
+
+        Returns: the number of stretches of all rows.
+        """
+        length = self.x.shape[2]
+        room *= load_gpu.processors(self.x.device)
+        self.args.steps = chunk * load_gpu.stretch(max(-(-length // chunk), 1), walks, room, self.START)
+        return walks * -(-length // self.args.steps)
+
     def forward(self, out: Tensor) -> None:
         module = self.module(out)
-        threads, _, steps = module.config("short_conv")
-        directions, batch, length, width = out.shape
+        threads, _, at_once, chunk, channels = module.config("short_conv")
+        directions, batch, _, width = out.shape
         self.args.out = strided(out.mT)
-        total = directions * batch * -(-length // steps) * -(-width // 4)
-        module.launch("short_conv", (-(-total // threads), 1, 1), self.args)
+        stretches = self.cut(directions * batch * -(-width // channels), at_once * threads, chunk)
+        module.launch("short_conv", (-(-stretches // threads), 1, 1), self.args)
 
-    def backward(self, dout: Tensor, dx: Tensor) -> Tensor:
+    def backward(self, dout: Tensor, dx: Tensor, dweight: Tensor, dbias: Tensor | None) -> None:
         module = self.module(dout, dx)
-        threads, _, steps = module.config("short_conv_backward")
-        directions, batch, length, width = dx.shape
-        quads, segments = -(-width // 4), directions * batch * -(-length // steps)
-        self.args.parts = parts = min(segments, -(-load_gpu.threads_at_once(dx.device) // quads))
-        sums = dx.new_zeros(self.weight.shape[-1] + 1, 4 * quads, dtype=torch.float32)
-        self.args.dout, self.args.dx, self.args.dweight = strided(dout.mT), strided(dx.mT), sums.data_ptr()
-        module.launch("short_conv_backward", (-(-quads * parts // threads), 1, 1), self.args)
-        return sums[:, :width]
+        threads, _, at_once, chunk, channels, lanes = module.config("short_conv_backward")
+        directions, batch, _, width = dx.shape
+        quads, rows, walks = -(-width // channels), directions * batch, threads // lanes
+        across = -(-quads // lanes)  # blocks
+        stretches = self.cut(across * rows, at_once * walks, chunk) // max(across, 1)
+        self.args.blocks = blocks = -(-stretches // walks)
+        taps = self.weight.shape[-1]
+        sums = dx.new_empty(blocks, taps + 1, channels * quads, dtype=torch.float32)
+        self.args.dout, self.args.dx, self.args.sums = strided(dout.mT), strided(dx.mT), sums.data_ptr()
+        self.args.dweight, self.args.dbias = dweight.data_ptr(), pointer(dbias)
+        module.launch("short_conv_backward", (across, blocks, 1), self.args)
+        _, _, summed = module.config("short_conv_sum")
+        module.launch("short_conv_sum", (-(-width // summed), taps + (dbias is not None), 1), self.args)

@@ -332,10 +332,11 @@ KERNEL(scan_backward, THREADS, blocks_at_once(BLOCKS, sizeof(Shared))) {
             p ^= 1;
         }
     }
+    const i64 first_channel = a.width - s.channels;
 #pragma unroll
     for (int c = 0; c < PER_LANE; ++c)
-        add_to(a.dA + ((i64)place.channel + gradients.channel + c * 8) * STATES + gradients.sub * 4, pack4(gradients.dA[c]));
-    const i64 quad = place.channel + threadIdx.x % (CHANNELS / 4) * 4;
+        add_to(a.dA + (first_channel + gradients.channel + c * 8) * STATES + gradients.sub * 4, pack4(gradients.dA[c]));
+    const i64 quad = first_channel + threadIdx.x % (CHANNELS / 4) * 4;
     add_to(a.dD + quad, s.dD[threadIdx.x]);
     add_to(a.dbias + quad, s.dbias[threadIdx.x]);
 }

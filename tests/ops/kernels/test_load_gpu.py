@@ -14,7 +14,6 @@ from etmamba_timm.ops.kernels import load_gpu
 HERE = Path(__file__).parent
 SCRIPT = """
 import importlib, sys, threading, torch
-from types import SimpleNamespace
 import emulated
 from etmamba_timm.ops import short_conv
 from etmamba_timm.ops.kernels import build_gpu, choice, load_gpu
@@ -24,7 +23,7 @@ def compile_gpu(source, defines, capability):
     return emulated.compile_emulated(source, defines)._name.encode() + b"\\0"
 
 torch.cuda.get_device_capability = lambda device: (9, 0)
-torch.cuda.current_stream = lambda device: SimpleNamespace(cuda_stream=77)
+torch._C._cuda_getCurrentRawStream = lambda device: 77
 build_gpu.compile_gpu = compile_gpu
 device = torch.device("cuda", 0)
 load_gpu.DEVICES, choice.gpu_why_not, load_gpu.processors = ("cpu",), lambda device: None, lambda device: 4

@@ -29,9 +29,10 @@ _GLOBAL_HOOKS = (
 
 def plain_weights(module: nn.Module, kind: type[nn.Module]) -> Weights | None:
     """Weight and bias of a plain module, or None for a module that has to be called, or has no bias."""
-    if not is_plain(module, kind) or module.weight is None or module.bias is None:
+    if not is_plain(module, kind):
         return None
-    return cast(Tensor, module.weight), cast(Tensor, module.bias)
+    weight, bias = module.weight, module.bias
+    return None if weight is None or bias is None else (cast(Tensor, weight), cast(Tensor, bias))
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:

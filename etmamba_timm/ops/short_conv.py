@@ -10,7 +10,7 @@ from torch import Tensor
 from .flops import count_flops
 from .kernels import load_cpu, load_gpu
 from .kernels.choice import check_shapes, state_dtype, takes
-from .kernels.load_cpu import Strided, library, pointer, strided
+from .kernels.load_cpu import Strided, library, strided
 
 
 def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, reverse: bool = False) -> Tensor:
@@ -57,7 +57,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> T
     """x [G, B, N, E], weight [E, 1, K], bias [E] -> [G, B, N, E]; the second of two directions runs backwards."""
     out = x.new_empty(x.shape)
     if load_gpu.on_gpu(x):
-        _Gpu(x, weight, bias, reverse).forward(out)
+        load_gpu.run(_plan, _given(x, weight, bias), {"out": out}, reverse)
     else:
         _Cpu(x, weight, bias, reverse).forward(out)
     return out
@@ -74,8 +74,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, weight and bias; the last is empty without a bias."""
     dx = x.new_empty(x.shape)
-    kernel = (_Gpu if load_gpu.on_gpu(x) else _Cpu)(x, weight, bias, reverse)
-    sums = kernel.backward(dout, dx)  # [K + 1, E], the last row for the bias
+    backward = _backward_on_gpu if load_gpu.on_gpu(x) else _backward_on_cpu
+    sums = backward(dout, x, weight, bias, reverse, dx)  # [K + 1, E], the last row for the bias
     dweight = sums[:-1].t().contiguous().to(weight.dtype).unsqueeze(1)  # [K, E] -> [E, 1, K]
     return dx, dweight, x.new_empty(0) if bias is None else sums[-1].to(bias.dtype, copy=True)
 
@@ -141,6 +141,10 @@ class _Cpu:
         return dweight.sum(0)
 
 
+def _backward_on_cpu(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, dx: Tensor) -> Tensor:
+    return _Cpu(x, weight, bias, reverse).backward(dout, dx)
+
+
 class _GpuArgs(ctypes.Structure):  # must match kernels/gpu/short_conv.cu
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("directions", "batch", "width", "length", "reverse", "parts")),
@@ -151,43 +155,45 @@ class _GpuArgs(ctypes.Structure):  # must match kernels/gpu/short_conv.cu
     ]
 
 
-class _Gpu:
-    """Launches of the GPU kernels."""
+def _given(x: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
+    return {"x": x, "weight": weight.contiguous(), "bias": None if bias is None else bias.contiguous()}
 
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> None:
-        self.x, self.weight = x, weight.contiguous()
-        self.bias = None if bias is None else bias.contiguous()
-        directions, batch, length, width = x.shape
-        self.args = _GpuArgs(directions, batch, width, length, reverse, x=strided(x.mT))
-        self.args.weight, self.args.bias = self.weight.data_ptr(), pointer(self.bias)
-        self.args.weight_dtype = load_gpu.DTYPES[weight.dtype]
-        self.args.bias_dtype = 0 if bias is None else load_gpu.DTYPES[bias.dtype]
 
-    def module(self, *tensors: Tensor) -> load_gpu.Module:
-        aligned = all(load_gpu.in_quads(t) for t in (self.x, *tensors))
-        return load_gpu.module(
-            "short_conv.cu",
-            self.x,
-            DTYPE=load_gpu.DTYPES[self.x.dtype],
-            ALIGNED=int(aligned),
-            TAPS=self.weight.shape[-1],
-        )
+def _backward_on_gpu(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, dx: Tensor) -> Tensor:
+    width = x.shape[-1]
+    sums = x.new_zeros(weight.shape[-1] + 1, -(-width // 4) * 4, dtype=torch.float32)
+    given = {**_given(x, weight, bias), "dout": dout}
+    load_gpu.run(_backward_plan, given, {"dx": dx, "dweight": sums}, reverse)
+    return sums[:, :width]
 
-    def forward(self, out: Tensor) -> None:
-        module = self.module(out)
-        threads, _, steps = module.config("short_conv")
-        directions, batch, length, width = out.shape
-        self.args.out = strided(out.mT)
-        total = directions * batch * -(-length // steps) * -(-width // 4)
-        module.launch("short_conv", (-(-total // threads), 1, 1), self.args)
 
-    def backward(self, dout: Tensor, dx: Tensor) -> Tensor:
-        module = self.module(dout, dx)
-        threads, _, steps = module.config("short_conv_backward")
-        directions, batch, length, width = dx.shape
-        quads, segments = -(-width // 4), directions * batch * -(-length // steps)
-        self.args.parts = parts = min(segments, -(-load_gpu.threads_at_once(dx.device) // quads))
-        sums = dx.new_zeros(self.weight.shape[-1] + 1, 4 * quads, dtype=torch.float32)
-        self.args.dout, self.args.dx, self.args.dweight = strided(dout.mT), strided(dx.mT), sums.data_ptr()
-        module.launch("short_conv_backward", (-(-quads * parts // threads), 1, 1), self.args)
-        return sums[:, :width]
+def _gpu(
+    reverse: bool, x: Tensor, weight: Tensor, bias: Tensor | None, **others: Tensor
+) -> tuple[load_gpu.Module, _GpuArgs]:
+    sequences = {"x": x, **others}
+    directions, batch, length, width = x.shape
+    args = _GpuArgs(directions, batch, width, length, reverse, **{name: strided(t.mT) for name, t in sequences.items()})
+    args.weight_dtype = load_gpu.DTYPES[weight.dtype]
+    args.bias_dtype = 0 if bias is None else load_gpu.DTYPES[bias.dtype]
+    aligned = int(all(load_gpu.in_quads(t) for t in sequences.values()))
+    taps = weight.shape[-1]
+    return load_gpu.module("short_conv.cu", x, DTYPE=load_gpu.DTYPES[x.dtype], ALIGNED=aligned, TAPS=taps), args
+
+
+def _plan(reverse: bool, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> load_gpu.Plan:
+    module, args = _gpu(reverse, x, weight, bias, out=out)
+    threads, _, steps = module.config("short_conv")
+    directions, batch, length, width = x.shape
+    total = directions * batch * -(-length // steps) * -(-width // 4)
+    return load_gpu.Plan(args, [(module, "short_conv", (-(-total // threads), 1, 1))])
+
+
+def _backward_plan(
+    reverse: bool, x: Tensor, weight: Tensor, bias: Tensor | None, dout: Tensor, dx: Tensor, dweight: Tensor
+) -> load_gpu.Plan:
+    module, args = _gpu(reverse, x, weight, bias, dout=dout, dx=dx)
+    threads, _, steps = module.config("short_conv_backward")
+    directions, batch, length, width = x.shape
+    quads, segments = -(-width // 4), directions * batch * -(-length // steps)
+    args.parts = parts = min(segments, -(-load_gpu.threads_at_once(x.device) // quads))
+    return load_gpu.Plan(args, [(module, "short_conv_backward", (-(-quads * parts // threads), 1, 1))])

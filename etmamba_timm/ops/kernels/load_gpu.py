@@ -163,7 +163,7 @@ PLANS: dict[tuple[Any, ...], _Ready] = {}
 def run(
     plan: Callable[..., Plan], given: Mapping[str, Tensor | None], made: Mapping[str, Tensor | None], *others: Any
 ) -> None:
-    """Launches what `plan(*given.values(), *made.values(), *others)` says, asking it once for each layout of tensors.
+    """Launches what `plan(*others, **given, **made)` says, asking it once for each layout of tensors.
 
     Args:
         plan: takes the tensors and what else decides; must not keep the tensors.
@@ -173,15 +173,13 @@ def run(
     """
     like, *_ = tensors = [*given.values(), *made.values()]
     assert like is not None
-    layouts = [
-        None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % ALIGNMENT) for t in given.values()
-    ]
+    layouts = [None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % ALIGNMENT) for t in given.values()]
     key = (plan, like.device, *layouts, *others)
     ready = PLANS.get(key)
     if ready is None:
         if len(PLANS) >= MOST_PLANS:  # inputs of ever new sizes
             PLANS.clear()
-        ready = PLANS[key] = _Ready(plan(*tensors, *others), [*given, *made])
+        ready = PLANS[key] = _Ready(plan(*others, **given, **made), [*given, *made])
     ready.launch(tensors, like)
 
 

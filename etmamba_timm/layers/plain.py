@@ -9,6 +9,7 @@ called, with PyTorch's operations between them.
 
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import (
     _global_backward_hooks,
@@ -71,6 +72,17 @@ def plain_conv(
     dims = len(shape) - 2
     as_wanted = conv.stride == (1,) * dims and conv.padding == (padding,) * dims and conv.dilation == (dilation,) * dims
     return weights if as_wanted else None
+
+
+def in_autocast(x: Tensor, weight: Tensor) -> Tensor:
+    """A weight as autocast would hand it to a product with x: for weights of which each product takes a part.
+
+    Autocast would cast every part for itself, and each part's gradient back.
+    """
+    kind = x.device.type
+    if x.is_meta or weight.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return weight
+    return weight.to(torch.get_autocast_dtype(kind))
 
 
 def _is_pytorchs(hook: object) -> bool:

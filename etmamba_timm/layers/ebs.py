@@ -54,7 +54,7 @@ class Ebs(Recomputing):
     def forward(self, x: Tensor) -> Tensor:
         """x: normalised tokens [B, N, D] -> [B, N, D]."""
         modules = [self.pw, self.conv1d, self.x_proj, self.dt_proj]
-        y = self.recomputed(self._mix, modules, *self._project(x))
+        y = self.recomputed(self._mix, modules, *self._project(x), parameters=("A_log", "D"))
         return y if self.out_proj is None else self.out_proj(y)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,8 @@ lies. Gradients that are sums over blocks (of A, B, C, D and delta_bias) are add
 """
 
 import ctypes
+import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from .backend import ScanInputs
 STATES = 16  # the most that the kernels take; must match kernels/gpu/scan.h, like
 CHANNELS = 32  # those of a block
 KEEP = 16  # steps between kept states; forward and backward agree on it
-_SHORTEST = 128  # steps of a segment
+_SHORTEST = 64  # steps of a segment
 
 
 class _Args(ctypes.Structure):  # must match kernels/gpu/scan.h
@@ -33,21 +35,56 @@ class _Args(ctypes.Structure):  # must match kernels/gpu/scan.h
 _SEQUENCES = [name for name, kind in _Args._fields_ if kind is Strided]
 
 
-def segments(blocks: int, length: int, processors: int, backward: bool = False) -> int:
-    """How many segments of the sequence run side by side.
+class _Cost(NamedTuple):
+    """Nanoseconds a step that a multiprocessor needs for n blocks of a kernel: fixed + each * n, up to most of them.
 
-    More segments fill a device that has few blocks, but each step of a segment is worked twice. Measured on one H200
-    (132 multiprocessors) with 3,137 steps, for batch × width, the best of those tried: forward 1 from 8 × 576 on, 12 to
-    16 for 1 × 576, 24 to 32 for 1 × 192; backward 6 for 8 × 576, 24 for 1 × 576, 1 to 3 for 8 × 1152 and 32 × 576.
-    Other devices are extrapolated: as many blocks for each multiprocessor.
+    Fitted to one H200.
+    """
+
+    fixed: float
+    each: float
+    most: int
+
+    def step(self, blocks: int, processors: int) -> float:
+        """Of all blocks: a device takes them in waves, and the last of these may be nearly empty."""
+        full, rest = divmod(-(-blocks // processors), self.most)
+        return full * (self.fixed + self.each * self.most) + bool(rest) * (self.fixed + self.each * rest)
+
+
+_FORWARD, _FORWARD_ALONE = _Cost(41, 26, 5), _Cost(41, 16, 8)
+_BACKWARD, _BACKWARD_ALONE = _Cost(301, 55, 8), _Cost(41, 20, 8)
+_LAUNCH = 6000.0  # nanoseconds of the kernel that segments need besides
+
+
+@functools.cache
+def segments(blocks: int, length: int, processors: int, backward: bool = False) -> int:
+    """How many segments of the sequence run side by side: those that should take least time.
+
+    More segments fill a device that has few blocks, or even out its waves of blocks. But then each step is worked
+    twice: a first kernel takes all segments but one alone.
 
     Args:
         blocks: rows (batch times directions) times blocks of channels.
         length: time steps.
         processors: the device's multiprocessors.
     """
-    wanted = (14 if backward else 4) * processors // blocks
-    return max(1, min(wanted, length // _SHORTEST))
+    main, alone = (_BACKWARD, _BACKWARD_ALONE) if backward else (_FORWARD, _FORWARD_ALONE)
+
+    def nanoseconds(wanted: int) -> float:
+        count, steps = _in_segments(length, wanted)
+        if count == 1:
+            return length * main.step(blocks, processors)
+        per_step = main.step(blocks * count, processors) + alone.step(blocks * (count - 1), processors)
+        return steps * per_step + _LAUNCH
+
+    return min(range(1, max(1, length // _SHORTEST) + 1), key=nanoseconds)
+
+
+def _in_segments(length: int, wanted: int) -> tuple[int, int]:
+    """The number of segments, about as many as wanted, and their steps."""
+    unit = max(16, KEEP)  # STEPS of kernels/gpu/scan.h
+    steps = -(-length // (wanted * unit)) * unit
+    return -(-length // steps), steps
 
 
 def kept_states(inputs: ScanInputs) -> int:
@@ -77,13 +114,10 @@ def backward(
     states, padded = A.shape[1], -(-width // CHANNELS) * CHANNELS
     wanted = {"du": du, "ddelta": ddelta} | ({"dz": dz} if dz is not None else {})
     written = {name: _writable(grad) for name, grad in wanted.items()}
-    sums = {
-        "dA": A.new_zeros(padded, STATES),
-        "dB": A.new_zeros(directions * batch, length, STATES),
-        "dC": A.new_zeros(directions * batch, length, STATES),
-        "dD": A.new_zeros(padded),
-        "dbias": A.new_zeros(padded),
-    }
+    per_step = (directions * batch, length, STATES)
+    shapes = {"dA": (padded, STATES), "dB": per_step, "dC": per_step, "dD": (padded,), "dbias": (padded,)}
+    sums = {name: A.new_empty(shape) for name, shape in shapes.items()}
+    torch._foreach_zero_(list(sums.values()))  # one kernel
     dout = dout.expand_as(u)  # the same for all directions: their stride is 0
     given = {"dout": _readable(dout), "kept": kept}
     _run("scan_backward.cu", "scan_backward", inputs, reverse_from, given, {**written, **sums})
@@ -131,8 +165,7 @@ def _plan(
     args = _Args(batch, width, length, A.shape[1], reverse_from, softplus=softplus)
     for name, t in sequences.items():
         setattr(args, name, strided(t))
-    args.steps = steps = -(-length // (wanted * KEEP)) * KEEP
-    args.segments = count = -(-length // steps)
+    args.segments, args.steps = count, _ = _in_segments(length, wanted)
     launches = [(module, kernel, (blocks, count, 1))]
     if count == 1:
         return load_gpu.Plan(args, launches)

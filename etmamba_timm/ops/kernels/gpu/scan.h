@@ -18,9 +18,10 @@
 constexpr int STATES = 16;    // of a channel; fewer are filled up with zeros
 constexpr int LANES = 4;      // that share a channel
 constexpr int CHANNELS = 32;  // of a block
+constexpr int STEPS = KEEP > 16 ? KEEP : 16;  // those of a segment are a multiple
 
 struct Args {  // must match gpu.py
-    i64 batch, width, length, states, reverse_from, segments, steps, softplus;  // steps: of a segment, a multiple of KEEP
+    i64 batch, width, length, states, reverse_from, segments, steps, softplus;  // steps: of a segment, a multiple of STEPS
     Strided u, delta, z, B, C, out;    // channels next to each other; z may be missing
     const float *A, *D, *bias;         // [width, states]; [width] or null; [width] or null
     float *last_state;                 // [rows, width, states]
@@ -150,7 +151,7 @@ FN float sum_over_lanes(const float* x, int lane) {
 // zeros after the last. And the sum of its step sizes. The last segment's (ADJOINT: the first's) isn't needed.
 
 constexpr int SEGMENT_TILE = 16, SEGMENT_THREADS = CHANNELS * LANES;
-static_assert(KEEP % SEGMENT_TILE == 0 && SEGMENT_TILE * CHANNELS / 4 == SEGMENT_THREADS, "a quad a thread");
+static_assert(STEPS % SEGMENT_TILE == 0 && STEPS % KEEP == 0 && SEGMENT_TILE * CHANNELS / 4 == SEGMENT_THREADS, "a quad a thread");
 
 template <bool ADJOINT> struct SegmentShared {
     Quad raw[2][ADJOINT ? 3 : 2][SEGMENT_THREADS];  // Δ; u, or dout and z

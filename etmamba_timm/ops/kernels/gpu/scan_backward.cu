@@ -12,9 +12,12 @@ constexpr int THREADS = CHANNELS * LANES / PER_LANE, WARPS = THREADS / 32;
 constexpr int TILES = KEEP / TILE, GROUPS = TILE / GROUP;
 constexpr int SPREAD = CHANNELS / 4 + 2;           // see slot_of
 #if __CUDA_ARCH__ >= 1000
-constexpr int BLOCKS = 6;  // of a multiprocessor: 168 registers a thread; with 128 some are spilled there
-#else
-constexpr int BLOCKS = 8;
+#define BLOCKS 6  // of a multiprocessor: 168 registers a thread; with 128 some are spilled there
+#elif !defined(BLOCKS)
+#define BLOCKS 8
+#endif
+#ifndef DECAYS
+#define DECAYS 1  // whether decays stay in registers, or are worked out twice
 #endif
 static_assert(TILE * CHANNELS / 4 == THREADS && TILE * 8 == THREADS && KEEP % TILE == 0, "a quad a thread");
 
@@ -32,6 +35,8 @@ struct Shared {
     T *du, *ddelta, *dz;
     float *dB, *dC;
     const float* kept;
+    int channels;  // of the block and those after it
+    bool reverse;
 };
 
 CONFIG(scan_backward_segments, SEGMENT_THREADS, (int)sizeof(SegmentShared<true>), CHANNELS)
@@ -68,23 +73,21 @@ FN float sum_over_channels(float* x, int lane) {
 struct Quads {
     const Args& a;
     Shared& s;
-    int channel;
-    bool reverse;
 
-    FN Quads(const Args& a, Shared& s, const Place& place) : a(a), s(s), channel(place.channel), reverse(place.reverse) {}
-    FN int count(int quad) const { return (int)a.width - channel - quad; }
+    FN Quads(const Args& a, Shared& s) : a(a), s(s) {}
+    FN int count(int quad) const { return s.channels - quad; }
 
     FN void load(int p, int first, bool all) const {  // all: z and dout too
         const int thread = opaque(threadIdx.x), quad = thread % (CHANNELS / 4) * 4, n = count(quad);
         const int last = (int)a.length - 1, t = first + thread / (CHANNELS / 4), in = min(t, last);
-        fetch(&s.raw[p][0][thread], s.u + offset(a, reverse, in, a.u.time) + quad, n, t <= last);
-        fetch(&s.raw[p][1][thread], s.delta + offset(a, reverse, in, a.delta.time) + quad, n, t <= last);
+        fetch(&s.raw[p][0][thread], s.u + offset(a, s.reverse, in, a.u.time) + quad, n, t <= last);
+        fetch(&s.raw[p][1][thread], s.delta + offset(a, s.reverse, in, a.delta.time) + quad, n, t <= last);
         if (all) {
-            if (a.z.data) fetch(&s.raw[p][2][thread], s.z + offset(a, reverse, in, a.z.time) + quad, n, t <= last);
-            fetch(&s.raw[p][3][thread], s.dout + offset(a, reverse, in, a.dout.time) + quad, n, t <= last);
+            if (a.z.data) fetch(&s.raw[p][2][thread], s.z + offset(a, s.reverse, in, a.z.time) + quad, n, t <= last);
+            fetch(&s.raw[p][3][thread], s.dout + offset(a, s.reverse, in, a.dout.time) + quad, n, t <= last);
         }
         const int q = thread % 8;
-        fetch_states(a, &s.raw_states[p][thread], q < 4 ? s.B : s.C, q < 4 ? a.B.time : a.C.time, reverse, first + thread / 8,
+        fetch_states(a, &s.raw_states[p][thread], q < 4 ? s.B : s.C, q < 4 ? a.B.time : a.C.time, s.reverse, first + thread / 8,
                      q % 4 * 4);
         commit_copies();
     }
@@ -135,9 +138,9 @@ struct Quads {
         }
         const int n = count(quad);
         if (t < a.length && n > 0) {
-            store_quad(s.du + offset(a, reverse, t, a.du.time) + quad, 1, 0, n, dx);
-            store_quad(s.ddelta + offset(a, reverse, t, a.ddelta.time) + quad, 1, 0, n, drate);
-            if (a.z.data) store_quad(s.dz + offset(a, reverse, t, a.dz.time) + quad, 1, 0, n, z);
+            store_quad(s.du + offset(a, s.reverse, t, a.du.time) + quad, 1, 0, n, dx);
+            store_quad(s.ddelta + offset(a, s.reverse, t, a.ddelta.time) + quad, 1, 0, n, drate);
+            if (a.z.data) store_quad(s.dz + offset(a, s.reverse, t, a.dz.time) + quad, 1, 0, n, z);
         }
         s.dD[thread] = pack4(dD), s.dbias[thread] = pack4(dbias);
     }
@@ -150,7 +153,7 @@ struct Quads {
             const float4 x = s.sums[w][thread / 8][q];
             sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
         }
-        if (t < a.length && q % 4 * 4 < a.states) add_to((q < 4 ? s.dB : s.dC) + offset(a, reverse, t, STATES) + q % 4 * 4, sum);
+        if (t < a.length && q % 4 * 4 < a.states) add_to((q < 4 ? s.dB : s.dC) + offset(a, s.reverse, t, STATES) + q % 4 * 4, sum);
     }
 };
 
@@ -216,8 +219,9 @@ struct Gradients {
                 const float2 in = *(const float2*)&s.inputs[b * GROUP + r][slots[c]];
 #pragma unroll
                 for (int n = 0; n < 4; ++n) {
-                    decays[r][c][n] = exp2_fast(in.x * rates[c][n]);
-                    h[r + 1][c][n] = fmaf(h[r][c][n], decays[r][c][n], in.y * B[n]);
+                    const float decay = exp2_fast(in.x * rates[c][n]);
+                    h[r + 1][c][n] = fmaf(h[r][c][n], decay, in.y * B[n]);
+                    if (DECAYS) decays[r][c][n] = decay;
                 }
             }
         }
@@ -237,7 +241,7 @@ struct Gradients {
                     sums[4 + n] = c ? fmaf(in.z, h[r + 1][c][n], sums[4 + n]) : in.z * h[r + 1][c][n];
                     y[c][r] = fmaf(C[n], h[r + 1][c][n], y[c][r]);
                     dx[c][r] = fmaf(g[c][n], B[n], dx[c][r]);
-                    g[c][n] *= decays[r][c][n];
+                    g[c][n] *= DECAYS ? decays[r][c][n] : exp2_fast(in.x * rates[c][n]);
                     const float through = g[c][n] * h[r][c][n];  // of Δ A
                     drate[c][r] = fmaf(through, rates[c][n], drate[c][r]);
                     dA[c][n] = fmaf(through, in.x, dA[c][n]);
@@ -259,6 +263,7 @@ static_assert(GROUP == LANES, "a lane finishes one step of a group");
 
 FN void start(const Args& a, Shared& s, const Place& place) {
     if (threadIdx.x == 0) {
+        s.channels = (int)a.width - place.channel, s.reverse = place.reverse;
         s.u = place.start(a, a.u, place.channel);
         s.delta = place.start(a, a.delta, place.channel);
         s.z = place.start(a, a.z, place.channel);
@@ -283,14 +288,14 @@ KERNEL(scan_backward, THREADS, blocks_at_once(BLOCKS, sizeof(Shared))) {
     const Place place(a);
     const int length = (int)a.length, segment = blockIdx.y, first_chunk = segment * (int)(a.steps / KEEP);
     const int chunks = min(ceil_div(length, KEEP), first_chunk + (int)(a.steps / KEEP));
-    const Quads quads(a, s, place);
+    const Quads quads(a, s);
     Gradients gradients(a, s, place, segment);
     start(a, s, place);
     int p = 0;  // which of the two sets of raw inputs is the current tile's
     const int last_start = (chunks - 1) * KEEP;
     quads.load(0, last_start, length - last_start <= TILE || TILES == 1);
     for (int chunk = chunks - 1; chunk >= first_chunk; --chunk) {
-        const int t = chunk * KEEP, tiles = ceil_div(min(KEEP, length - t), TILE);
+        const int t = chunk * KEEP, tiles = TILES == 1 ? 1 : ceil_div(min(KEEP, length - t), TILE);
         // What comes after tile j on the way back.
         auto load_next = [&](int j) {
             if (j > 0) quads.load(p ^ 1, t + (j - 1) * TILE, true);
@@ -327,10 +332,11 @@ KERNEL(scan_backward, THREADS, blocks_at_once(BLOCKS, sizeof(Shared))) {
             p ^= 1;
         }
     }
+    const i64 first_channel = a.width - s.channels;
 #pragma unroll
     for (int c = 0; c < PER_LANE; ++c)
-        add_to(a.dA + ((i64)place.channel + gradients.channel + c * 8) * STATES + gradients.sub * 4, pack4(gradients.dA[c]));
-    const i64 quad = place.channel + threadIdx.x % (CHANNELS / 4) * 4;
+        add_to(a.dA + (first_channel + gradients.channel + c * 8) * STATES + gradients.sub * 4, pack4(gradients.dA[c]));
+    const i64 quad = first_channel + threadIdx.x % (CHANNELS / 4) * 4;
     add_to(a.dD + quad, s.dD[threadIdx.x]);
     add_to(a.dbias + quad, s.dbias[threadIdx.x]);
 }

@@ -1,7 +1,6 @@
 """One stage of STFP: separable convolution, layer norm over the channels, ReLU."""
 
 import ctypes
-import functools
 from math import prod
 
 import torch
@@ -212,7 +211,7 @@ class _Gpu:
         down = _even(lines, min(threads // across, (tile // (across + 2) - 2) // rows))
         tiles = -(-quads // across) * -(-lines // down)
         room = at_once * load_gpu.processors(self.x.device)
-        stretch = _stretch(frames, tiles * batch, room, 2 * self.depthwise)
+        stretch = load_gpu.stretch(frames, tiles * batch, room, 2 * self.depthwise)
         self.args.across, self.args.down, self.args.stretch = across, down, stretch
         return tiles * -(-frames // stretch)
 
@@ -248,10 +247,3 @@ class _Gpu:
 def _even(count: int, most: int) -> int:
     """The size of parts of at most `most`, as few and as even as they can be."""
     return -(-count // max(-(-count // most), 1)) or 1
-
-
-@functools.lru_cache
-def _stretch(frames: int, blocks: int, room: int, margin: int) -> int:
-    """How many frames a block should have, if `room` blocks run at once and each reads `margin` frames more."""
-    stretches = sorted({-(-frames // parts) for parts in range(1, frames + 1)}, reverse=True)
-    return min(stretches, key=lambda n: -(-blocks * -(-frames // n) // room) * (n + margin))

@@ -235,7 +235,7 @@ def _blocks(module: load_gpu.Module, kernel: str, args: _GpuArgs, x: Tensor) -> 
 def _plan(t: int, h: int, w: int, **tensors: Tensor) -> load_gpu.Plan:
     module, args = _gpu(t, h, w, tensors)
     lines, channels = _blocks(module, "local_conv", args, tensors["x"])
-    return load_gpu.Plan(args, [(module, "local_conv", (lines, 4, channels))])
+    return load_gpu.Plan(args, [(module, "local_conv", (4 * lines, channels, 1))])
 
 
 def _backward_plan(t: int, h: int, w: int, **tensors: Tensor) -> load_gpu.Plan:
@@ -247,8 +247,8 @@ def _backward_plan(t: int, h: int, w: int, **tensors: Tensor) -> load_gpu.Plan:
     args.stretches = stretches = min(max(at_once, 1), lines)
     _, _, summed, rows = module.config("local_conv_sum")
     launches = [
-        (module, "local_conv_dconv", (lines, 3, channels)),
-        (module, "local_conv_backward", (lines, 3, channels)),
+        (module, "local_conv_dconv", (3 * lines, channels, 1)),
+        (module, "local_conv_backward", (channels * (2 * stretches + lines), 1, 1)),
         (module, "local_conv_sum", (-(-x.shape[2] // summed), rows, 1)),
     ]
     return load_gpu.Plan(args, launches, scratch={"sums": stretches * (TAPS + len(SIDES)) * x.shape[2]})

@@ -74,15 +74,19 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, weight and bias; the last is empty without a bias."""
     dx = x.new_empty(x.shape)
-    backward = _backward_on_gpu if load_gpu.on_gpu(x) else _backward_on_cpu
-    sums = backward(dout, x, weight, bias, reverse, dx)  # [K + 1, E], the last row for the bias
-    dweight = sums[:-1].t().contiguous().to(weight.dtype).unsqueeze(1)  # [K, E] -> [E, 1, K]
-    return dx, dweight, x.new_empty(0) if bias is None else sums[-1].to(bias.dtype, copy=True)
+    dweight = weight.new_empty(weight.shape)
+    dbias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    if load_gpu.on_gpu(x):
+        made = {"dx": dx, "dweight": dweight, "dbias": dbias}
+        load_gpu.run(_backward_plan, {**_given(x, weight, bias), "dout": dout}, made, reverse)
+    else:
+        _Cpu(x, weight, bias, reverse).backward(dout, dx, dweight, None if bias is None else dbias)
+    return dx, dweight, dbias
 
 
 @_backward.register_fake
 def _(dout, x, weight, bias, reverse):
-    dbias = x.new_empty(0) if bias is None else torch.empty_like(bias)
+    dbias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias
 
 
@@ -132,39 +136,33 @@ class _Cpu:
         self.args.out = strided(out.mT)
         library().etmamba_short_conv(ctypes.byref(self.args), self.dtype, False)
 
-    def backward(self, dout: Tensor, dx: Tensor) -> Tensor:
+    def backward(self, dout: Tensor, dx: Tensor, dweight: Tensor, dbias: Tensor | None) -> None:
         directions, batch, length, width = dx.shape
         segments = library().etmamba_short_conv_segments(ctypes.c_int64(length))
-        dweight = self.taps.new_empty(directions * batch * segments, len(self.taps) + 1, width)
-        self.args.dout, self.args.dx, self.args.dweight = strided(dout.mT), strided(dx.mT), dweight.data_ptr()
+        sums = self.taps.new_empty(directions * batch * segments, len(self.taps) + 1, width)
+        self.args.dout, self.args.dx, self.args.dweight = strided(dout.mT), strided(dx.mT), sums.data_ptr()
         library().etmamba_short_conv(ctypes.byref(self.args), self.dtype, True)
-        return dweight.sum(0)
-
-
-def _backward_on_cpu(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, dx: Tensor) -> Tensor:
-    return _Cpu(x, weight, bias, reverse).backward(dout, dx)
+        total = sums.sum(0)  # [K + 1, E], the last row for the bias
+        dweight.copy_(total[:-1].t().unsqueeze(1))  # [K, E] -> [E, 1, K]
+        if dbias is not None:
+            dbias.copy_(total[-1])
 
 
 class _GpuArgs(ctypes.Structure):  # must match kernels/gpu/short_conv.cu
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("directions", "batch", "width", "length", "reverse", "parts")),
+        *((name, ctypes.c_int64) for name in ("directions", "batch", "width", "length", "reverse", "steps", "blocks")),
         *((name, Strided) for name in ("x", "out", "dout", "dx")),
-        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "dweight", "dbias")),
         *((name, ctypes.c_int64) for name in ("weight_dtype", "bias_dtype")),
-        ("dweight", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
     ]
+
+
+START = 2  # what a stretch costs before its first step, in chunks of steps
 
 
 def _given(x: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
     return {"x": x, "weight": weight.contiguous(), "bias": None if bias is None else bias.contiguous()}
-
-
-def _backward_on_gpu(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, dx: Tensor) -> Tensor:
-    width = x.shape[-1]
-    sums = x.new_zeros(weight.shape[-1] + 1, -(-width // 4) * 4, dtype=torch.float32)
-    given = {**_given(x, weight, bias), "dout": dout}
-    load_gpu.run(_backward_plan, given, {"dx": dx, "dweight": sums}, reverse)
-    return sums[:, :width]
 
 
 def _gpu(
@@ -175,25 +173,44 @@ def _gpu(
     args = _GpuArgs(directions, batch, width, length, reverse, **{name: strided(t.mT) for name, t in sequences.items()})
     args.weight_dtype = load_gpu.DTYPES[weight.dtype]
     args.bias_dtype = 0 if bias is None else load_gpu.DTYPES[bias.dtype]
-    aligned = int(all(load_gpu.in_quads(t) for t in sequences.values()))
-    taps = weight.shape[-1]
-    return load_gpu.module("short_conv.cu", x, DTYPE=load_gpu.DTYPES[x.dtype], ALIGNED=aligned, TAPS=taps), args
+    aligned = all(load_gpu.in_groups(t, 16 // x.itemsize) for t in sequences.values())
+    aligned &= all(p is None or p.data_ptr() % (4 * p.itemsize) == 0 for p in (weight, bias))
+    macros = {"DTYPE": load_gpu.DTYPES[x.dtype], "ALIGNED": int(aligned), "TAPS": weight.shape[-1]}
+    return load_gpu.module("short_conv.cu", x, **macros), args
+
+
+def _cut(args: _GpuArgs, x: Tensor, walks: int, room: int, chunk: int) -> int:
+    """Cuts each of `walks` rows of steps into stretches, `room` of which run at once on a multiprocessor.
+
+    Returns: the number of stretches of all rows.
+    """
+    room *= load_gpu.processors(x.device)
+    args.steps = chunk * load_gpu.stretch(max(-(-args.length // chunk), 1), walks, room, START)
+    return walks * -(-args.length // args.steps)
 
 
 def _plan(reverse: bool, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> load_gpu.Plan:
     module, args = _gpu(reverse, x, weight, bias, out=out)
-    threads, _, steps = module.config("short_conv")
-    directions, batch, length, width = x.shape
-    total = directions * batch * -(-length // steps) * -(-width // 4)
-    return load_gpu.Plan(args, [(module, "short_conv", (-(-total // threads), 1, 1))])
+    threads, _, at_once, chunk, channels = module.config("short_conv")
+    directions, batch, _, width = x.shape
+    stretches = _cut(args, x, directions * batch * -(-width // channels), at_once * threads, chunk)
+    return load_gpu.Plan(args, [(module, "short_conv", (-(-stretches // threads), 1, 1))])
 
 
 def _backward_plan(
-    reverse: bool, x: Tensor, weight: Tensor, bias: Tensor | None, dout: Tensor, dx: Tensor, dweight: Tensor
+    reverse: bool, x: Tensor, weight: Tensor, bias: Tensor | None, dout: Tensor, dx: Tensor, **others: Tensor
 ) -> load_gpu.Plan:
     module, args = _gpu(reverse, x, weight, bias, dout=dout, dx=dx)
-    threads, _, steps = module.config("short_conv_backward")
-    directions, batch, length, width = x.shape
-    quads, segments = -(-width // 4), directions * batch * -(-length // steps)
-    args.parts = parts = min(segments, -(-load_gpu.threads_at_once(x.device) // quads))
-    return load_gpu.Plan(args, [(module, "short_conv_backward", (-(-quads * parts // threads), 1, 1))])
+    threads, _, at_once, chunk, channels, lanes = module.config("short_conv_backward")
+    directions, batch, _, width = x.shape
+    quads, rows, walks = -(-width // channels), directions * batch, threads // lanes
+    across = -(-quads // lanes)  # blocks
+    stretches = _cut(args, x, across * rows, at_once * walks, chunk) // max(across, 1)
+    args.blocks = blocks = -(-stretches // walks)
+    taps = weight.shape[-1]
+    _, _, summed = module.config("short_conv_sum")
+    launches = [
+        (module, "short_conv_backward", (across, blocks, 1)),
+        (module, "short_conv_sum", (-(-width // summed), taps + (bias is not None), 1)),
+    ]
+    return load_gpu.Plan(args, launches, scratch={"sums": blocks * (taps + 1) * channels * quads})

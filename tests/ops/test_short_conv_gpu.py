@@ -33,9 +33,13 @@ def _emulated(monkeypatch):
     with_bias=st.booleans(),
     layout=st.sampled_from(["views", "contiguous", "transposed"]),
     order=ORDERS,
+    processors=st.sampled_from([1, 4, 50]),  # few have long stretches
     seed=SEEDS,
 )
-def test_short_conv(monkeypatch, batch, length, width, way, dtype, half_weights, with_bias, layout, order, seed):
+def test_short_conv(
+    monkeypatch, batch, length, width, way, dtype, half_weights, with_bias, layout, order, processors, seed
+):
+    emulate(monkeypatch, processors)
     monkeypatch.setenv("EMULATION_ORDER", order)
     torch.manual_seed(seed)
     x = {
@@ -63,6 +67,15 @@ def test_sums_beyond_the_range_of_exponentials():
 def test_other_widths_of_the_convolution(taps):
     x, weight, bias = randn(2, 30, 8).float(), randn(8, 1, taps).float(), randn(8).float()
     assert_agrees(short_conv, lambda *t: MODULE._plain(*t, False), [x], [weight, bias])
+
+
+@pytest.mark.parametrize("shape", [(0, 9, 8), (2, 0, 8), (2, 9, 0)])
+def test_empty(shape):
+    inputs = [randn(*shape), randn(shape[-1], 1, 4), randn(shape[-1])]
+    inputs = [t.float().requires_grad_() for t in inputs]
+    out = short_conv(*inputs)
+    assert out.shape == shape
+    assert not any(grad.any() for grad in torch.autograd.grad(out.sum(), inputs))
 
 
 def test_gradients_may_have_any_strides():

@@ -183,13 +183,18 @@ def run(
     ready.launch(tensors, like)
 
 
-def in_quads(x: Tensor) -> bool:
-    """Whether four neighbouring elements of the last dimension can always be read at once.
+def in_groups(x: Tensor, size: int) -> bool:
+    """Whether `size` neighbouring elements of the last dimension can always be read at once.
 
-    That is so if they are next to each other, and their number, the other strides and the address are multiples of 4.
+    That is so if they are next to each other, and their number, the other strides and the address are multiples of it.
     """
     *others, last = x.stride()
-    return last == 1 and not any(n % 4 for n in (x.shape[-1], *others)) and x.data_ptr() % (4 * x.itemsize) == 0
+    return last == 1 and not any(n % size for n in (x.shape[-1], *others)) and x.data_ptr() % (size * x.itemsize) == 0
+
+
+def in_quads(x: Tensor) -> bool:
+    """`in_groups` of four."""
+    return in_groups(x, 4)
 
 
 @functools.cache
@@ -201,3 +206,13 @@ def processors(device: torch.device) -> int:
 def threads_at_once(device: torch.device) -> int:
     """About the number of threads that keep a device busy with work that waits for memory."""
     return 512 * processors(device)
+
+
+@functools.lru_cache
+def stretch(length: int, blocks: int, room: int, margin: int) -> int:
+    """How much of a length a block should have, if `room` blocks run at once and each reads `margin` more.
+
+    Without any cut there would be `blocks` blocks.
+    """
+    stretches = sorted({-(-length // parts) for parts in range(1, length + 1)}, reverse=True)
+    return min(stretches, key=lambda n: -(-blocks * -(-length // n) // room) * (n + margin))

@@ -69,10 +69,12 @@ def test_the_drivers_calls(tmp_path):
     library = tmp_path / "libcuda.so.1"
     subprocess.run([COMPILER, "-shared", "-fPIC", "-o", library, HERE / "driver_standin.cpp", "-ldl"], check=True)
     lines = run(SCRIPT, tmp_path, DRIVER_LOG="1")
-    launch = "128 threads, 0 bytes, stream 0x4d"  # 77
+    launches = [
+        f"{threads} threads, {shared} bytes, stream 0x4d" for threads, shared in ((128, 0), (128, 10240), (256, 1024))
+    ]
     assert lines == [
         "compiled for (9, 0)",
-        *[launch, launch, "agrees True"] * 2,
+        *[*launches, "agrees True"] * 2,  # forward, backward and its sums
         "the CUDA driver says CUDA_ERROR_NOT_FOUND",
     ]
 

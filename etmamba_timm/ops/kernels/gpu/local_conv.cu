@@ -18,9 +18,17 @@ constexpr int TAPS = 9 + 25 + 49;
 constexpr int PARTS = ceil_div(WIDTH, 16), COLUMNS = ceil_div(WIDTH, PARTS);  // lines of a row, columns of a line
 constexpr int PAIRS = 24, CHANNELS = 2 * PAIRS, LINES = 8, THREADS = PAIRS * LINES;
 // Blocks at once on a multiprocessor: they bound a thread's registers, of which long lines need many.
-constexpr int BLOCKS = PARTS == 1 && COLUMNS <= (DTYPE != 0 && DENSE ? 14 : 10) ? 3 : 2;
+#ifndef LOCAL_BLOCKS
+#define LOCAL_BLOCKS (PARTS > 1 || COLUMNS > 14 ? 2 : DENSE ? 4 : COLUMNS <= 10 ? 3 : 2)
+#endif
+#ifndef BACK_BLOCKS
+#define BACK_BLOCKS (PARTS > 1 || COLUMNS > 14 ? 2 : DTYPE && DENSE ? 4 : COLUMNS <= 10 ? 3 : 2)
+#endif
+#ifndef LATE
+#define LATE 1
+#endif
+constexpr int BLOCKS = LOCAL_BLOCKS;
 constexpr int PITCH = CHANNELS + 2;  // in shared memory: neighbouring taps of a channel lie in different banks
-constexpr int SUMMED = 32, SUMMERS = 8;  // the last sums: channels of a block, threads of a channel
 
 struct Parameter { void* data; i64 dtype; };  // contiguous
 
@@ -38,7 +46,7 @@ struct Shared { float weight[TAPS][PITCH], bias[SCALES][PITCH]; };
 CONFIG(local_conv, THREADS, sizeof(Shared), CHANNELS, LINES, PARTS)
 CONFIG(local_conv_dconv, THREADS, sizeof(Shared), CHANNELS, LINES, PARTS)
 CONFIG(local_conv_backward, THREADS, sizeof(Shared), CHANNELS, LINES, PARTS)
-CONFIG(local_conv_sum, SUMMED * SUMMERS, SUMMED * SUMMERS * sizeof(float), SUMMED, TAPS + SCALES)
+CONFIG(local_conv_sum, SUMMED * SUMMERS, sizeof(ColumnSums), SUMMED, TAPS + SCALES)
 
 // Two channels, `channel` elements apart; the second is 0 where there is none.
 FN float2 load_pair(const float* at, i64 channel, bool second) {
@@ -94,10 +102,10 @@ struct Place {
     bool second;                    // whether the pair's second channel exists
 
     FN Place(const Args& a, i64 line, i64 tile) : height((int)a.height), pair(threadIdx.x % PAIRS) {
-        const i64 rows_each = a.frames_each * a.height, row_of_all = line / PARTS;
+        const int rows_each = (int)a.frames_each * height, row_of_all = (int)line / PARTS;
         batch = row_of_all / rows_each;
         token = 1 + row_of_all % rows_each * WIDTH;
-        row = (int)(row_of_all % rows_each % a.height);
+        row = row_of_all % rows_each % height;
         column = (int)(line % PARTS) * COLUMNS;
         channel = tile * CHANNELS + 2 * pair;
         second = channel + 1 < a.channels;
@@ -129,6 +137,12 @@ FN void load_line(const X& x, const Args& a, const Place& p, int scale, int away
 #pragma unroll
     for (int o = 0; o < COLUMNS + 2 * HALO; ++o, from += x.token_step)
         values[o] = p.has(o - HALO) ? load_pair(from, x.channel_step, p.second) : make_float2(0.f, 0.f);
+}
+template <typename X> FN void prefetch_line(const X& x, const Args& a, const Place& p, int scale) {
+    const auto* from = p.at(x, a, scale);
+#pragma unroll
+    for (int o = 0; o < COLUMNS; ++o, from += x.token_step)
+        if (p.has(o)) prefetch(from);
 }
 template <typename X> FN void store_line(const X& x, const Args& a, const Place& p, int scale, const float2* values) {
     auto* to = p.at(x, a, scale);
@@ -173,26 +187,30 @@ template <int SCALE> FN void gather(const Args& a, i64 tile, Shared& shared) {
     constexpr int K2 = side(SCALE) * side(SCALE);
     const Parameter weight = a.parameters[SCALE], bias = a.parameters[SCALES + SCALE];
     const i64 first = tile * CHANNELS;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < CHANNELS * K2; i += THREADS) {
-        const int channel = i / K2, tap = i % K2;
-        shared.weight[first_tap(SCALE) + tap][channel] =
-            first + channel < a.channels ? element(weight.data, first * K2 + i, (int)weight.dtype) : 0.f;
+    constexpr int EACH = ceil_div(CHANNELS * K2, THREADS);
+    float values[EACH];
+    elements<EACH>(weight.data, (int)weight.dtype, first * K2 + threadIdx.x, THREADS, a.channels * K2, values);
+#pragma unroll
+    for (int n = 0; n < EACH; ++n) {
+        const int i = threadIdx.x + n * THREADS;
+        if (i < CHANNELS * K2) shared.weight[first_tap(SCALE) + i % K2][i / K2] = values[n];
     }
-    for (int i = threadIdx.x; i < CHANNELS; i += THREADS)
-        shared.bias[SCALE][i] = first + i < a.channels ? element(bias.data, first + i, (int)bias.dtype) : 0.f;
+    static_assert(CHANNELS <= THREADS, "a thread for each bias");
+    if (threadIdx.x < CHANNELS)
+        elements<1>(bias.data, (int)bias.dtype, first + threadIdx.x, 1, a.channels, &shared.bias[SCALE][threadIdx.x]);
 }
 
 // SCALE 0 to 2: a convolution; 3: x itself. Then SiLU and the residual; or, if GRADIENT, that of what goes into SiLU.
-template <int SCALE, bool GRADIENT> FN void scale_of_line(const Args& a, Shared& shared) {
-    const i64 line = (i64)blockIdx.x * LINES + threadIdx.x / PAIRS;
-    const Place p(a, line, blockIdx.z);
+template <int SCALE, bool GRADIENT> FN void scale_of_line(const Args& a, int block, Shared& shared) {
+    const i64 line = (i64)block * LINES + threadIdx.x / PAIRS;
+    const Place p(a, line, blockIdx.y);
     const bool inside = line < a.lines && p.channel < a.channels;
     const Tokens<const float, 4> other(GRADIENT ? a.dout : a.residual);
     float2 others[COLUMNS], y[COLUMNS] = {};
-    if (inside) load_line<0>(other, a, p, SCALE, 0, others);  // arrives meanwhile
+    constexpr bool AT_ONCE = SCALE == SCALES || !LATE;
+    if (inside) AT_ONCE ? load_line<0>(other, a, p, SCALE, 0, others) : prefetch_line(other, a, p, SCALE);  // arrives meanwhile
     if constexpr (SCALE < SCALES) {
-        gather<SCALE>(a, blockIdx.z, shared);
+        gather<SCALE>(a, blockIdx.y, shared);
         __syncthreads();
         if (!inside) return;
         const float2 bias = *(const float2*)&shared.bias[SCALE][2 * p.pair];
@@ -203,6 +221,7 @@ template <int SCALE, bool GRADIENT> FN void scale_of_line(const Args& a, Shared&
         if (!inside) return;
         load_line<0>(Tokens<const T, 1>(a.x), a, p, 0, 0, y);
     }
+    if (!AT_ONCE) load_line<0>(other, a, p, SCALE, 0, others);
     if constexpr (GRADIENT) {
 #pragma unroll
         for (int o = 0; o < COLUMNS; ++o) others[o].x *= silu_slope(y[o].x), others[o].y *= silu_slope(y[o].y);
@@ -219,28 +238,30 @@ template <int SCALE, bool GRADIENT> FN void scale_of_line(const Args& a, Shared&
     }
 }
 
-// Blocks [lines, scales, channels], the scale that takes longest first.
+// Blocks [lines and their scales, channels]: some scales take long to compute, and others to read.
 KERNEL(local_conv, THREADS, BLOCKS) {
     SHARED(Shared, shared);
-    if (blockIdx.y == 0) scale_of_line<2, false>(a, shared);
-    else if (blockIdx.y == 1) scale_of_line<1, false>(a, shared);
-    else if (blockIdx.y == 2) scale_of_line<0, false>(a, shared);
-    else scale_of_line<3, false>(a, shared);
+    const int scale = blockIdx.x % 4, block = blockIdx.x / 4;
+    if (scale == 0) scale_of_line<2, false>(a, block, shared);
+    else if (scale == 1) scale_of_line<1, false>(a, block, shared);
+    else if (scale == 2) scale_of_line<0, false>(a, block, shared);
+    else scale_of_line<3, false>(a, block, shared);
 }
 
 // The first step backward: the gradients of the convolutions' outputs. Blocks as above, without scale 3.
 KERNEL(local_conv_dconv, THREADS, BLOCKS) {
     SHARED(Shared, shared);
-    if (blockIdx.y == 0) scale_of_line<2, true>(a, shared);
-    else if (blockIdx.y == 1) scale_of_line<1, true>(a, shared);
-    else scale_of_line<0, true>(a, shared);
+    const int scale = blockIdx.x % 3, block = blockIdx.x / 3;
+    if (scale == 0) scale_of_line<2, true>(a, block, shared);
+    else if (scale == 1) scale_of_line<1, true>(a, block, shared);
+    else scale_of_line<0, true>(a, block, shared);
 }
 
-FN void gradient_of_x(const Args& a, Shared& shared) {
-    gather<0>(a, blockIdx.z, shared), gather<1>(a, blockIdx.z, shared), gather<2>(a, blockIdx.z, shared);
+FN void gradient_of_x(const Args& a, int block, int tile, Shared& shared) {
+    gather<0>(a, tile, shared), gather<1>(a, tile, shared), gather<2>(a, tile, shared);
     __syncthreads();
-    const i64 line = (i64)blockIdx.x * LINES + threadIdx.x / PAIRS;
-    const Place p(a, line, blockIdx.z);
+    const i64 line = (i64)block * LINES + threadIdx.x / PAIRS;
+    const Place p(a, line, tile);
     if (line >= a.lines || p.channel >= a.channels) return;
     const Tokens<const T, 3> dconv(a.dconv);
     const Tokens<T, 1> to(a.dx);
@@ -257,12 +278,12 @@ FN void gradient_of_x(const Args& a, Shared& shared) {
 }
 
 // A row of taps of a pair of channels, over a stretch of the lines.
-template <int SCALE> FN void gradients_of_taps(const Args& a, int r) {
+template <int SCALE> FN void gradients_of_taps(const Args& a, int stretch, int tile, int r) {
     constexpr int K = side(SCALE);
-    const i64 begin = a.lines * blockIdx.x / a.stretches, end = a.lines * (blockIdx.x + 1) / a.stretches;
+    const i64 begin = a.lines * stretch / a.stretches, end = a.lines * (stretch + 1) / a.stretches;
     const int away = (r - K / 2) * (SCALE + 1);
     float2 weight[K] = {}, bias = {};
-    Place p(a, begin, blockIdx.z);
+    Place p(a, begin, tile);
     if (p.channel >= a.channels) return;
 #pragma unroll 1
     for (i64 line = begin; line < end; ++line, p.next(a)) {
@@ -282,40 +303,33 @@ template <int SCALE> FN void gradients_of_taps(const Args& a, int r) {
             }
         }
     }
-    float* sums = a.sums + (i64)blockIdx.x * (TAPS + SCALES) * a.channels + p.channel;
+    float* sums = a.sums + (i64)stretch * (TAPS + SCALES) * a.channels + p.channel;
 #pragma unroll
     for (int c = 0; c < K; ++c) store_pair(sums + (first_tap(SCALE) + r * K + c) * a.channels, 1, p.second, weight[c]);
     if (away == 0) store_pair(sums + (TAPS + SCALE) * a.channels, 1, p.second, bias);  // no line is left out
 }
 
-// The second step: the gradients of the parameters (blocks [stretches, 0 and 1, channels]) and of x (blocks [lines, 2,
-// channels]). Of the parameters' a thread takes a row of taps: LINES of them are enough for 7, and for 5 + 3.
-KERNEL(local_conv_backward, THREADS, BLOCKS) {
+// The second step: first the blocks for the parameters, [stretches, 7 or 5 + 3 rows of taps, channels], as they take longest,
+// then those for x, [lines, channels]. Of the parameters' a thread takes a row of taps.
+KERNEL(local_conv_backward, THREADS, BACK_BLOCKS) {
     SHARED(Shared, shared);
-    const int r = threadIdx.x / PAIRS;
-    if (blockIdx.y == 2) gradient_of_x(a, shared);
-    else if (blockIdx.x >= a.stretches) return;
-    else if (blockIdx.y == 0 && r < side(2)) gradients_of_taps<2>(a, r);
-    else if (blockIdx.y == 1 && r < side(1)) gradients_of_taps<1>(a, r);
-    else if (blockIdx.y == 1) gradients_of_taps<0>(a, r - side(1));
+    static_assert(LINES >= side(0) + side(1), "a thread for each row of taps");
+    const int tiles = ceil_div((int)a.channels, CHANNELS), tile = blockIdx.x % tiles, block = blockIdx.x / tiles;
+    const int r = threadIdx.x / PAIRS, stretch = block / 2;
+    if (stretch >= a.stretches) gradient_of_x(a, block - 2 * (int)a.stretches, tile, shared);
+    else if (block % 2 == 0 && r < side(2)) gradients_of_taps<2>(a, stretch, tile, r);
+    else if (block % 2 == 1 && r < side(1)) gradients_of_taps<1>(a, stretch, tile, r);
+    else if (block % 2 == 1 && r < side(1) + side(0)) gradients_of_taps<0>(a, stretch, tile, r - side(1));
 }
 
 // The last step: sums of the parameters' gradients over the stretches, in their own layout and type.
 // Blocks [channels, taps and biases].
 KERNEL(local_conv_sum, SUMMED * SUMMERS, 1) {
-    typedef float Sums[SUMMERS][SUMMED];
-    SHARED(Sums, shared);
-    const int lane = threadIdx.x % SUMMED, summer = threadIdx.x / SUMMED, row = blockIdx.y;
-    const i64 channel = (i64)blockIdx.x * SUMMED + lane;
-    float sum = 0.f;
-    const i64 end = channel < a.channels ? a.stretches : 0;
-#pragma unroll 4
-    for (i64 i = summer; i < end; i += SUMMERS) sum += a.sums[(i * (TAPS + SCALES) + row) * a.channels + channel];
-    shared[summer][lane] = sum;
-    __syncthreads();
-    if (summer != 0 || channel >= a.channels) return;
-#pragma unroll
-    for (int i = 1; i < SUMMERS; ++i) sum += shared[i][lane];
+    SHARED(ColumnSums, shared);
+    const int row = blockIdx.y;
+    const i64 channel = (i64)blockIdx.x * SUMMED + threadIdx.x % SUMMED, pitch = (TAPS + SCALES) * a.channels;
+    const float sum = column_sum(a.sums + row * a.channels + channel, a.stretches, pitch, channel < a.channels, shared);
+    if (threadIdx.x >= SUMMED || channel >= a.channels) return;
     const bool bias = row >= TAPS;
     const int scale = row < first_tap(1) ? 0 : row < first_tap(2) ? 1 : 2, taps = side(scale) * side(scale);
     const Parameter gradient = a.gradients[bias ? SCALES + row - TAPS : scale];

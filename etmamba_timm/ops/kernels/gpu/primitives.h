@@ -41,6 +41,9 @@ FN void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits for all of the thread's groups of copies but the N latest.
 template <int N> FN void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
+// Has the line of an address on its way into the L2 cache.
+FN void prefetch(const void* x) { asm volatile("prefetch.global.L2 [%0];" ::"l"(x)); }
+
 FN void add_to(float* to, float x) { atomicAdd(to, x); }
 FN void add_to(float* to, float4 x) {  // aligned to 16 bytes
 #if __CUDA_ARCH__ >= 900

@@ -50,8 +50,10 @@ class BiMamba(Recomputing):
     def forward(self, x: Tensor) -> Tensor:
         """x: normalised tokens [B, N, D] -> [B, N, D]."""
         x, z = self.in_proj(x).chunk(2, dim=-1)  # each [B, N, E]
-        y = self.recomputed(self._forwards, [self.conv1d, self.x_proj, self.dt_proj], x, z)
-        y = y + self.recomputed(self._backwards, [self.conv1d_b, self.x_proj_b, self.dt_proj_b], x, z)
+        y = self.recomputed(self._forwards, [self.conv1d, self.x_proj, self.dt_proj], x, z, parameters=("A_log", "D"))
+        y = y + self.recomputed(
+            self._backwards, [self.conv1d_b, self.x_proj_b, self.dt_proj_b], x, z, parameters=("A_b_log", "D_b")
+        )
         return self.out_proj(y)
 
     def _forwards(self, x: Tensor, z: Tensor) -> Tensor:

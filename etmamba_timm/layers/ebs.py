@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import bidirectional_scan
-from .plain import plain_weights
+from .plain import in_autocast, plain_weights
 from .recompute import Recomputing
 from .ssm import conv_silu, dt_rank, init_dt, new_A_log, ssm
 
@@ -54,18 +54,19 @@ class Ebs(Recomputing):
     def forward(self, x: Tensor) -> Tensor:
         """x: normalised tokens [B, N, D] -> [B, N, D]."""
         modules = [self.pw, self.conv1d, self.x_proj, self.dt_proj]
-        y = self.recomputed(self._mix, modules, *self._project(x))
+        y = self.recomputed(self._mix, modules, *self._project(x), parameters=("A_log", "D"))
         return y if self.out_proj is None else self.out_proj(y)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[B, N, D] -> x and z [B, N, 2, E], forwards and backwards; for PW_s, x has no gaps in memory."""
         weights = None if self.pw is None else plain_weights(self.in_proj, nn.Linear)
         if weights is None:
-            x, z = self.in_proj(x).chunk(2, dim=-1)
-        else:
-            (x_weight, z_weight), (x_bias, z_bias) = (w.chunk(2) for w in weights)
-            x, z = F.linear(x, x_weight, x_bias), F.linear(x, z_weight, z_bias)
-        return x.unflatten(-1, (2, -1)), z.unflatten(-1, (2, -1))
+            xz = self.in_proj(x)
+            x, z = xz.view(*xz.shape[:-1], 2, 2, -1).unbind(-3)
+            return x, z
+        (x_weight, z_weight), (x_bias, z_bias) = (in_autocast(x, w).chunk(2) for w in weights)
+        x, z = F.linear(x, x_weight, x_bias), F.linear(x, z_weight, z_bias)
+        return x.view(*x.shape[:-1], 2, -1), z.view(*z.shape[:-1], 2, -1)
 
     def _mix(self, x: Tensor, z: Tensor) -> Tensor:
         """x, z: [B, N, 2, E] -> the gated sum of both directions [B, N, E]."""

@@ -9,6 +9,7 @@ called, with PyTorch's operations between them.
 
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import (
     _global_backward_hooks,
@@ -29,9 +30,10 @@ _GLOBAL_HOOKS = (
 
 def plain_weights(module: nn.Module, kind: type[nn.Module]) -> Weights | None:
     """Weight and bias of a plain module, or None for a module that has to be called, or has no bias."""
-    if not is_plain(module, kind) or module.weight is None or module.bias is None:
+    if not is_plain(module, kind):
         return None
-    return cast(Tensor, module.weight), cast(Tensor, module.bias)
+    weight, bias = module.weight, module.bias
+    return None if weight is None or bias is None else (cast(Tensor, weight), cast(Tensor, bias))
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -70,6 +72,17 @@ def plain_conv(
     dims = len(shape) - 2
     as_wanted = conv.stride == (1,) * dims and conv.padding == (padding,) * dims and conv.dilation == (dilation,) * dims
     return weights if as_wanted else None
+
+
+def in_autocast(x: Tensor, weight: Tensor) -> Tensor:
+    """A weight as autocast would hand it to a product with x: for weights of which each product takes a part.
+
+    Autocast would cast every part for itself, and each part's gradient back.
+    """
+    kind = x.device.type
+    if x.is_meta or weight.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return weight
+    return weight.to(torch.get_autocast_dtype(kind))
 
 
 def _is_pytorchs(hook: object) -> bool:

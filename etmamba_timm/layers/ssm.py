@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import on_gpu, short_conv
+from ..ops.kernels.choice import state_dtype
 from .plain import is_plain, plain_conv, plain_weights
 
 
@@ -60,7 +61,7 @@ def ssm(
 
     Returns: [B, N, E].
     """
-    state_dtype = torch.promote_types(u.dtype, torch.float32)
+    dtype = state_dtype(u.dtype)
     d_state = A_log.shape[1]
     weights = plain_weights(dt_proj, nn.Linear)
     dt_weight = weights[0] if weights else None
@@ -72,16 +73,16 @@ def ssm(
     low_rank, b, c = projected.split([projected.shape[-1] - 2 * d_state, d_state, d_state], dim=-1)
     delta_bias = None
     if weights and dt_weight is not None:
-        delta, delta_bias = F.linear(low_rank, dt_weight), weights[1].to(state_dtype)
+        delta, delta_bias = F.linear(low_rank, dt_weight), weights[1].to(dtype)
     else:
         delta = dt_proj(low_rank)
     y = scan(
         u.mT,  # [B, N, E] -> [B, E, N], a view
         delta.to(u.dtype).mT,
-        -torch.exp(A_log.to(state_dtype)),
+        -torch.exp(A_log.to(dtype)),
         b.mT,
         c.mT,
-        D=D.to(state_dtype),
+        D=D.to(dtype),
         z=z.to(u.dtype).mT,
         delta_bias=delta_bias,
         delta_softplus=True,
@@ -91,13 +92,16 @@ def ssm(
 
 
 def _in_eights(u: Tensor, x_proj: nn.Module, dt_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`x_proj(u)` and the weight of dt_proj, with the rank of Δ filled up with zeros to a multiple of 8.
+    """`x_proj(u)` and the weight of dt_proj, with the rank of Δ filled up to a multiple of 8.
 
     A GPU's matrix units need rows of whole 16 bytes: with ETMamba-M's 36 columns, products are several times slower.
+    What is added to Δ's columns doesn't matter, since dt_proj's weight is 0 there.
     """
     weight, rank = cast(Tensor, x_proj.weight), dt_weight.shape[1]
     if more := -rank % 8:
-        weight = torch.cat([weight[:rank], weight.new_zeros(more, weight.shape[1]), weight[rank:]])
+        of_delta, of_b_and_c = weight.split([rank, len(weight) - rank])
+        filling = weight.detach()[:more] if len(weight) >= more else weight.new_zeros(more, weight.shape[1])
+        weight = torch.cat([of_delta, filling, of_b_and_c])
         dt_weight = F.pad(dt_weight, (0, more))
     return F.linear(u, weight), dt_weight
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..ops import local_conv
 from .block import EbsBlock
 from .norm import LayerNorm
-from .plain import plain_conv, plain_weights
+from .plain import in_autocast, plain_conv, plain_weights
 from .recompute import Recomputing
 
 SCALES = ((3, 1, 1), (5, 4, 2), (7, 9, 3))  # kernel, padding and dilation of each scale
@@ -105,7 +105,7 @@ class StcmBlock(EbsBlock):
         weights = plain_weights(self.fusion, nn.Linear)
         if weights is None:
             return self.fusion(torch.cat([mixed, local], dim=-1))
-        weight, bias = weights
+        weight, bias = in_autocast(mixed, weights[0]), weights[1]
         of_mixed, of_local = weight.split([mixed.shape[-1], local.shape[-1]], dim=1)
         y = F.linear(mixed, of_mixed, bias)
         y.flatten(0, 1).addmm_(local.flatten(0, 1).to(y.dtype), of_local.t().to(y.dtype))

@@ -1,7 +1,6 @@
 """The convolutions of STCM's local branch: depthwise, dilated, at three scales, within each frame."""
 
 import ctypes
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -181,18 +180,14 @@ class _Parameter(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("dtype", ctypes.c_int64)]
 
 
-_Parameters = _Parameter * (2 * len(SIDES))
-
-
-def _pointers(parameters: list[Tensor]) -> Any:
-    return _Parameters(*(_Parameter(p.data_ptr(), load_gpu.DTYPES[p.dtype]) for p in parameters))
+PARAMETERS = ("weight3", "weight5", "weight7", "bias3", "bias5", "bias7")
 
 
 class _GpuArgs(ctypes.Structure):  # must match kernels/gpu/local_conv.cu
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("frames_each", "height", "channels", "lines", "stretches")),
         *((name, Strided) for name in ("x", "residual", "out", "dout", "dx", "dconv")),
-        *((name, _Parameters) for name in ("parameters", "gradients")),
+        *((name, _Parameter) for name in (*PARAMETERS, *(f"d{name}" for name in PARAMETERS))),
         ("sums", ctypes.c_void_p),
     ]
 
@@ -201,46 +196,59 @@ class _Gpu:
     """Launches of the GPU kernels. The parameters are three weights and three biases."""
 
     def __init__(self, x: Tensor, parameters: list[Tensor], t: int, h: int, w: int) -> None:
-        self.x, self.width, self.rows = x, w, x.shape[0] * t * h
-        self.parameters = [p.contiguous() for p in parameters]
-        self.args = _GpuArgs(t, h, x.shape[2], x=_tokens(x), parameters=_pointers(self.parameters))
-
-    def module(self, *tensors: Tensor) -> load_gpu.Module:
-        dense = all(load_gpu.in_quads(t) and t.is_contiguous() for t in (self.x, *tensors))
-        return load_gpu.module(
-            "local_conv.cu",
-            self.x,
-            DTYPE=load_gpu.DTYPES[self.x.dtype],
-            WIDTH=self.width,
-            DENSE=self.x.shape[2] if dense else 0,
-        )
-
-    def blocks(self, module: load_gpu.Module, kernel: str) -> tuple[int, int]:
-        """How many blocks take all lines, and how many all channels."""
-        _, _, channels, lines, parts = module.config(kernel)
-        self.args.lines = self.rows * parts
-        return -(-self.args.lines // lines), -(-self.args.channels // channels)
+        self.given: dict[str, Tensor | None] = {"x": x}
+        self.given.update((name, p.contiguous()) for name, p in zip(PARAMETERS, parameters, strict=True))
+        self.x, self.grid = x, (t, h, w)
 
     def forward(self, residual: Tensor, out: Tensor) -> None:
-        module = self.module(residual, out)
-        lines, channels = self.blocks(module, "local_conv")
-        self.args.residual, self.args.out = _tokens(residual), _tokens(out)
-        module.launch("local_conv", (4 * lines, channels, 1), self.args)
+        load_gpu.run(_plan, {**self.given, "residual": residual}, {"out": out}, *self.grid)
 
     def backward(self, dout: Tensor, dx: Tensor) -> list[Tensor]:
         batch, tokens, width = dx.shape
         dconv = dx.new_empty(batch, tokens, 3 * width)
-        module = self.module(dout, dx, dconv)
-        threads, *_ = module.config("local_conv_backward")
-        lines, channels = self.blocks(module, "local_conv_backward")
-        at_once = load_gpu.threads_at_once(dx.device) // (2 * channels * threads)
-        self.args.stretches = stretches = min(max(at_once, 1), lines)
-        sums = dx.new_empty(stretches, TAPS + len(SIDES), width, dtype=torch.float32)
-        gradients = [torch.empty_like(p) for p in self.parameters]
-        self.args.dout, self.args.dx, self.args.dconv = _tokens(dout), _tokens(dx), _tokens(dconv)
-        self.args.sums, self.args.gradients = sums.data_ptr(), _pointers(gradients)
-        module.launch("local_conv_dconv", (3 * lines, channels, 1), self.args)
-        module.launch("local_conv_backward", (channels * (2 * stretches + lines), 1, 1), self.args)
-        _, _, summed, rows = module.config("local_conv_sum")
-        module.launch("local_conv_sum", (-(-width // summed), rows, 1), self.args)
-        return gradients
+        gradients = {f"d{name}": torch.empty_like(self.given[name]) for name in PARAMETERS}
+        made = {"dx": dx, "dconv": dconv, **gradients}
+        load_gpu.run(_backward_plan, {**self.given, "dout": dout}, made, *self.grid)
+        return list(gradients.values())
+
+
+def _gpu(t: int, h: int, w: int, tensors: dict[str, Tensor]) -> tuple[load_gpu.Module, _GpuArgs]:
+    x = tensors["x"]
+    args = _GpuArgs(t, h, x.shape[2])
+    for name, tensor in tensors.items():
+        kind = _Parameter(0, load_gpu.DTYPES[tensor.dtype]) if name.endswith(PARAMETERS) else _tokens(tensor)
+        setattr(args, name, kind)
+    dense = all(
+        load_gpu.in_quads(t) and t.is_contiguous() for name, t in tensors.items() if not name.endswith(PARAMETERS)
+    )
+    channels = x.shape[2] if dense else 0
+    return load_gpu.module("local_conv.cu", x, DTYPE=load_gpu.DTYPES[x.dtype], WIDTH=w, DENSE=channels), args
+
+
+def _blocks(module: load_gpu.Module, kernel: str, args: _GpuArgs, x: Tensor) -> tuple[int, int]:
+    """How many blocks take all lines, and how many all channels."""
+    _, _, channels, lines, parts = module.config(kernel)
+    args.lines = x.shape[0] * args.frames_each * args.height * parts
+    return -(-args.lines // lines), -(-args.channels // channels)
+
+
+def _plan(t: int, h: int, w: int, **tensors: Tensor) -> load_gpu.Plan:
+    module, args = _gpu(t, h, w, tensors)
+    lines, channels = _blocks(module, "local_conv", args, tensors["x"])
+    return load_gpu.Plan(args, [(module, "local_conv", (4 * lines, channels, 1))])
+
+
+def _backward_plan(t: int, h: int, w: int, **tensors: Tensor) -> load_gpu.Plan:
+    module, args = _gpu(t, h, w, tensors)
+    x = tensors["x"]
+    threads, *_ = module.config("local_conv_backward")
+    lines, channels = _blocks(module, "local_conv_backward", args, x)
+    at_once = load_gpu.threads_at_once(x.device) // (2 * channels * threads)
+    args.stretches = stretches = min(max(at_once, 1), lines)
+    _, _, summed, rows = module.config("local_conv_sum")
+    launches = [
+        (module, "local_conv_dconv", (3 * lines, channels, 1)),
+        (module, "local_conv_backward", (channels * (2 * stretches + lines), 1, 1)),
+        (module, "local_conv_sum", (-(-x.shape[2] // summed), rows, 1)),
+    ]
+    return load_gpu.Plan(args, launches, scratch={"sums": stretches * (TAPS + len(SIDES)) * x.shape[2]})

@@ -151,36 +151,43 @@ class _GpuArgs(ctypes.Structure):  # must match kernels/gpu/norm.cu
 def _run_on_gpu(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor, mean: Tensor, scale: Tensor
 ) -> None:
-    _launch("row_norm", x, out, eps, weight=weight, bias=bias, out=out, mean=mean, scale=scale)
+    given, made = {"x": x, "weight": weight, "bias": bias}, {"out": out, "mean": mean, "scale": scale}
+    load_gpu.run(_plan, given, made, "row_norm", eps, out.dtype)
 
 
 def _backward_on_gpu(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx, sums = torch.empty_like(x), x.new_zeros(2, x.shape[-1], dtype=torch.float32)
-    given = {"weight": weight, "bias": bias, "dout": dout, "mean": mean, "scale": scale, "dx": dx, "dparameters": sums}
-    _launch("row_norm_backward", x, dout, 0.0, **given)
+    given = {"x": x, "weight": weight, "bias": bias, "dout": dout, "mean": mean, "scale": scale}
+    load_gpu.run(_plan, given, {"dx": dx, "dparameters": sums}, "row_norm_backward", 0.0, dout.dtype)
     return dx, sums[0], sums[1]
 
 
-def _launch(kernel: str, x: Tensor, like: Tensor, eps: float, **tensors: Tensor | None) -> None:
-    """`like` is in the dtype of the layers; the other tensors are named as in the arguments."""
+def _plan(
+    kernel: str,
+    eps: float,
+    dtype: torch.dtype,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dout: Tensor | None = None,
+    **others: Tensor,
+) -> load_gpu.Plan:
+    """`dtype` is that of the layers."""
     width = x.shape[-1]
-    args = _GpuArgs(x.numel() // width, width, eps=eps, x=x.data_ptr())
-    for name, tensor in tensors.items():
-        setattr(args, name, pointer(tensor))
-    weight, bias = tensors["weight"], tensors["bias"]
+    args = _GpuArgs(x.numel() // width, width, eps=eps)
     args.weight_dtype = load_gpu.DTYPES[weight.dtype]
     args.bias_dtype = 0 if bias is None else load_gpu.DTYPES[bias.dtype]
-    aligned = all(load_gpu.in_quads(t) for t in (x, like))  # the others are new
+    aligned = width % 4 == 0 and all(t is None or load_gpu.in_quads(t) for t in (x, dout))  # the others are new
     module = load_gpu.module(
         "norm.cu",
         x,
-        DTYPE=load_gpu.DTYPES[like.dtype],
+        DTYPE=load_gpu.DTYPES[dtype],
         X_FLOAT=int(x.dtype == torch.float32),
         ALIGNED=int(aligned),
         PER_LANE=-(-width // (128 if aligned else 32)),
     )
     _, _, warps, blocks = module.config(kernel)
     args.blocks = min(-(-args.rows // warps), blocks * load_gpu.processors(x.device))
-    module.launch(kernel, (args.blocks, 1, 1), args)
+    return load_gpu.Plan(args, [(module, kernel, (args.blocks, 1, 1))])

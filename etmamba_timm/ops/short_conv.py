@@ -10,7 +10,7 @@ from torch import Tensor
 from .flops import count_flops
 from .kernels import load_cpu, load_gpu
 from .kernels.choice import check_shapes, state_dtype, takes
-from .kernels.load_cpu import Strided, library, pointer, strided
+from .kernels.load_cpu import Strided, library, strided
 
 
 def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, reverse: bool = False) -> Tensor:
@@ -57,7 +57,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> T
     """x [G, B, N, E], weight [E, 1, K], bias [E] -> [G, B, N, E]; the second of two directions runs backwards."""
     out = x.new_empty(x.shape)
     if load_gpu.on_gpu(x):
-        _Gpu(x, weight, bias, reverse).forward(out)
+        load_gpu.run(_plan, _given(x, weight, bias), {"out": out}, reverse)
     else:
         _Cpu(x, weight, bias, reverse).forward(out)
     return out
@@ -76,8 +76,11 @@ def _backward(
     dx = x.new_empty(x.shape)
     dweight = weight.new_empty(weight.shape)
     dbias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    kernel = (_Gpu if load_gpu.on_gpu(x) else _Cpu)(x, weight, bias, reverse)
-    kernel.backward(dout, dx, dweight, None if bias is None else dbias)
+    if load_gpu.on_gpu(x):
+        made = {"dx": dx, "dweight": dweight, "dbias": dbias}
+        load_gpu.run(_backward_plan, {**_given(x, weight, bias), "dout": dout}, made, reverse)
+    else:
+        _Cpu(x, weight, bias, reverse).backward(dout, dx, dweight, None if bias is None else dbias)
     return dx, dweight, dbias
 
 
@@ -155,62 +158,59 @@ class _GpuArgs(ctypes.Structure):  # must match kernels/gpu/short_conv.cu
     ]
 
 
-class _Gpu:
-    """Launches of the GPU kernels."""
+START = 2  # what a stretch costs before its first step, in chunks of steps
 
-    START = 2  # what a stretch costs before its first step, in chunks of steps
 
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> None:
-        self.x, self.weight = x, weight.contiguous()
-        self.bias = None if bias is None else bias.contiguous()
-        directions, batch, length, width = x.shape
-        self.args = _GpuArgs(directions, batch, width, length, reverse, x=strided(x.mT))
-        self.args.weight, self.args.bias = self.weight.data_ptr(), pointer(self.bias)
-        self.args.weight_dtype = load_gpu.DTYPES[weight.dtype]
-        self.args.bias_dtype = 0 if bias is None else load_gpu.DTYPES[bias.dtype]
+def _given(x: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
+    return {"x": x, "weight": weight.contiguous(), "bias": None if bias is None else bias.contiguous()}
 
-    def module(self, *tensors: Tensor) -> load_gpu.Module:
-        sixteen_bytes = 16 // self.x.itemsize
-        aligned = all(load_gpu.in_groups(t, sixteen_bytes) for t in (self.x, *tensors))
-        aligned &= all(p is None or p.data_ptr() % (4 * p.itemsize) == 0 for p in (self.weight, self.bias))
-        return load_gpu.module(
-            "short_conv.cu",
-            self.x,
-            DTYPE=load_gpu.DTYPES[self.x.dtype],
-            ALIGNED=int(aligned),
-            TAPS=self.weight.shape[-1],
-        )
 
-    def cut(self, walks: int, room: int, chunk: int) -> int:
-        """Cuts each of `walks` rows of steps into stretches, `room` of which run at once on a multiprocessor.
+def _gpu(
+    reverse: bool, x: Tensor, weight: Tensor, bias: Tensor | None, **others: Tensor
+) -> tuple[load_gpu.Module, _GpuArgs]:
+    sequences = {"x": x, **others}
+    directions, batch, length, width = x.shape
+    args = _GpuArgs(directions, batch, width, length, reverse, **{name: strided(t.mT) for name, t in sequences.items()})
+    args.weight_dtype = load_gpu.DTYPES[weight.dtype]
+    args.bias_dtype = 0 if bias is None else load_gpu.DTYPES[bias.dtype]
+    aligned = all(load_gpu.in_groups(t, 16 // x.itemsize) for t in sequences.values())
+    aligned &= all(p is None or p.data_ptr() % (4 * p.itemsize) == 0 for p in (weight, bias))
+    macros = {"DTYPE": load_gpu.DTYPES[x.dtype], "ALIGNED": int(aligned), "TAPS": weight.shape[-1]}
+    return load_gpu.module("short_conv.cu", x, **macros), args
 
-        Returns: the number of stretches of all rows.
-        """
-        length = self.x.shape[2]
-        room *= load_gpu.processors(self.x.device)
-        self.args.steps = chunk * load_gpu.stretch(max(-(-length // chunk), 1), walks, room, self.START)
-        return walks * -(-length // self.args.steps)
 
-    def forward(self, out: Tensor) -> None:
-        module = self.module(out)
-        threads, _, at_once, chunk, channels = module.config("short_conv")
-        directions, batch, _, width = out.shape
-        self.args.out = strided(out.mT)
-        stretches = self.cut(directions * batch * -(-width // channels), at_once * threads, chunk)
-        module.launch("short_conv", (-(-stretches // threads), 1, 1), self.args)
+def _cut(args: _GpuArgs, x: Tensor, walks: int, room: int, chunk: int) -> int:
+    """Cuts each of `walks` rows of steps into stretches, `room` of which run at once on a multiprocessor.
 
-    def backward(self, dout: Tensor, dx: Tensor, dweight: Tensor, dbias: Tensor | None) -> None:
-        module = self.module(dout, dx)
-        threads, _, at_once, chunk, channels, lanes = module.config("short_conv_backward")
-        directions, batch, _, width = dx.shape
-        quads, rows, walks = -(-width // channels), directions * batch, threads // lanes
-        across = -(-quads // lanes)  # blocks
-        stretches = self.cut(across * rows, at_once * walks, chunk) // max(across, 1)
-        self.args.blocks = blocks = -(-stretches // walks)
-        taps = self.weight.shape[-1]
-        sums = dx.new_empty(blocks, taps + 1, channels * quads, dtype=torch.float32)
-        self.args.dout, self.args.dx, self.args.sums = strided(dout.mT), strided(dx.mT), sums.data_ptr()
-        self.args.dweight, self.args.dbias = dweight.data_ptr(), pointer(dbias)
-        module.launch("short_conv_backward", (across, blocks, 1), self.args)
-        _, _, summed = module.config("short_conv_sum")
-        module.launch("short_conv_sum", (-(-width // summed), taps + (dbias is not None), 1), self.args)
+    Returns: the number of stretches of all rows.
+    """
+    room *= load_gpu.processors(x.device)
+    args.steps = chunk * load_gpu.stretch(max(-(-args.length // chunk), 1), walks, room, START)
+    return walks * -(-args.length // args.steps)
+
+
+def _plan(reverse: bool, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> load_gpu.Plan:
+    module, args = _gpu(reverse, x, weight, bias, out=out)
+    threads, _, at_once, chunk, channels = module.config("short_conv")
+    directions, batch, _, width = x.shape
+    stretches = _cut(args, x, directions * batch * -(-width // channels), at_once * threads, chunk)
+    return load_gpu.Plan(args, [(module, "short_conv", (-(-stretches // threads), 1, 1))])
+
+
+def _backward_plan(
+    reverse: bool, x: Tensor, weight: Tensor, bias: Tensor | None, dout: Tensor, dx: Tensor, **others: Tensor
+) -> load_gpu.Plan:
+    module, args = _gpu(reverse, x, weight, bias, dout=dout, dx=dx)
+    threads, _, at_once, chunk, channels, lanes = module.config("short_conv_backward")
+    directions, batch, _, width = x.shape
+    quads, rows, walks = -(-width // channels), directions * batch, threads // lanes
+    across = -(-quads // lanes)  # blocks
+    stretches = _cut(args, x, across * rows, at_once * walks, chunk) // max(across, 1)
+    args.blocks = blocks = -(-stretches // walks)
+    taps = weight.shape[-1]
+    _, _, summed = module.config("short_conv_sum")
+    launches = [
+        (module, "short_conv_backward", (across, blocks, 1)),
+        (module, "short_conv_sum", (-(-width // summed), taps + (bias is not None), 1)),
+    ]
+    return load_gpu.Plan(args, launches, scratch={"sums": blocks * (taps + 1) * channels * quads})

@@ -63,6 +63,7 @@ def _module(source: str, defines: tuple[tuple[str, int], ...]) -> EmulatedModule
 def emulate(monkeypatch: pytest.MonkeyPatch, processors: int = 4) -> None:
     """Every operator on tensors of the CPU runs on the GPU kernels, emulated."""
     monkeypatch.setattr(load_gpu, "DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(load_gpu, "PLANS", {})
     monkeypatch.setattr(load_gpu, "module", lambda source, like, **defines: _module(source, tuple(defines.items())))
     monkeypatch.setattr(load_gpu, "processors", lambda device: processors)
     monkeypatch.setattr(choice, "gpu_why_not", lambda device: None)

@@ -43,26 +43,27 @@ def takes(operator: str, *tensors: Tensor | None, gpu_limit: str | None = None) 
     They take floating-point tensors on the CPU (and on 'meta', with only shapes) and on a GPU (there without float64),
     and have no forward-mode derivative. `gpu_limit` is a reason why the operator's GPU kernels don't take them, if any.
     """
-    if only_plain():
+    if _plain_depth:
         return False
     given = [t for t in tensors if t is not None]
     on_gpu = load_gpu.on_gpu(given[0])
-    reason = _why_not(given) or (gpu_limit if on_gpu else None)
+    reason = _why_not(given, on_gpu) or (gpu_limit if on_gpu else None)
     if reason and on_gpu and not torch.compiler.is_compiling():
         _tell_once(f"{operator} runs on PyTorch's operators, because {reason}")
     return reason is None
 
 
-def _why_not(given: list[Tensor]) -> str | None:
+def _why_not(given: list[Tensor], on_gpu: bool) -> str | None:
     device = given[0].device
-    if any(t.device != device for t in given):
-        return "the tensors are on several devices"
-    dtypes = load_gpu.DTYPES if load_gpu.on_gpu(given[0]) else load_cpu.DTYPES
-    if wrong := [str(t.dtype) for t in given if t.dtype not in dtypes]:
-        return f"its kernels don't take {wrong[0]}"
+    dtypes = load_gpu.DTYPES if on_gpu else load_cpu.DTYPES
+    for t in given:
+        if t.device != device:
+            return "the tensors are on several devices"
+        if t.dtype not in dtypes:
+            return f"its kernels don't take {t.dtype}"
     if has_tangent(*given):
         return "its kernels have no forward-mode derivative"
-    if load_gpu.on_gpu(given[0]):
+    if on_gpu:
         return gpu_why_not(device)
     return _cpu_why_not() if device.type in ("cpu", "meta") else f"there are no kernels for {device.type}"
 
@@ -86,7 +87,7 @@ def gpu_why_not(device: torch.device) -> str | None:
 
 def has_tangent(*tensors: Tensor | None) -> bool:
     """Whether forward-mode differentiation goes through one of the tensors."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:  # outside of any `dual_level`
         return False
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
@@ -100,4 +101,4 @@ def check_shapes(*expected: tuple[str, Tensor | None, tuple[int, ...]]) -> None:
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums and states: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32  # promote_types is an operator, and as slow

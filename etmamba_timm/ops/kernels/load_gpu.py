@@ -5,7 +5,8 @@ The driver is called through cuda.bindings. Kernels go to PyTorch's current stre
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from . import build_gpu
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # must match gpu/kernel.h
 DEVICES = ("cuda",)
+ALIGNMENT = 16  # bytes: the most that a kernel reads at once
 OLDEST = (8, 0)  # the compute capability from which on asynchronous copies exist
 
 
@@ -66,31 +68,28 @@ class Module:
         self._check(self._driver.cuMemcpyDtoH(ctypes.addressof(values), address, size))
         return tuple(values)
 
-    def launch(self, kernel: str, grid: Sequence[int], args: ctypes.Structure) -> None:
+    def launch(self, kernel: str, grid: Sequence[int], args: Any) -> None:
         """Runs a kernel with this many blocks in x, y and z on the device's current stream.
 
         Args:
             kernel: its name.
             grid: three numbers.
-            args: its only argument.
+            args: its only argument, a ctypes structure or array.
         """
         if not all(grid):
             return
         function, threads, shared = self._kernels.get(kernel) or self._load(kernel)
         pointer = ctypes.c_void_p(ctypes.addressof(args))
-        launch = functools.partial(
-            self._driver.cuLaunchKernel,
-            *(function, *grid, threads, 1, 1, shared, torch.cuda.current_stream(self._device).cuda_stream),
-            *(ctypes.addressof(pointer), 0),
-        )
-        [status] = launch()
-        if status in (
+        stream = torch._C._cuda_getCurrentRawStream(self._device.index)
+        call = (function, *grid, threads, 1, 1, shared, stream, ctypes.addressof(pointer), 0)
+        returned = self._driver.cuLaunchKernel(*call)
+        if returned[0] in (
             self._driver.CUresult.CUDA_ERROR_INVALID_CONTEXT,
             self._driver.CUresult.CUDA_ERROR_NOT_INITIALIZED,
         ):
             self._check(self._driver.cuCtxSetCurrent(self._context))  # a thread in which PyTorch did nothing so far
-            [status] = launch()
-        self._check((status,))
+            returned = self._driver.cuLaunchKernel(*call)
+        self._check(returned)
 
     def _load(self, kernel: str) -> tuple[Any, int, int]:
         driver = self._driver
@@ -120,6 +119,68 @@ def module(source: str, like: Tensor, **defines: int) -> Module:
 @functools.cache
 def _module(source: str, defines: tuple[tuple[str, int], ...], device: torch.device) -> Module:
     return Module(source, dict(defines), device)
+
+
+@dataclass
+class Plan:
+    """Launches whose only argument is known, apart from the addresses of tensors.
+
+    Attributes:
+        args: the argument, a structure of 8-byte fields.
+        launches: module, kernel and grid of each, in order.
+        scratch: fields that want the address of so many float32, uninitialised, during the launches.
+    """
+
+    args: ctypes.Structure
+    launches: list[tuple[Module, str, tuple[int, int, int]]]
+    scratch: dict[str, int] = field(default_factory=dict)
+
+
+class _Ready:
+    """A plan, ready to be launched often, by several threads at once."""
+
+    def __init__(self, plan: Plan, tensors: Sequence[str]) -> None:
+        fields = type(plan.args)
+        self.words = ctypes.c_int64 * (ctypes.sizeof(fields) // 8)
+        self.template, self.launches = bytes(plan.args), plan.launches
+        self.places = [getattr(fields, name).offset // 8 for name in (*tensors, *plan.scratch)]
+        self.scratch = list(plan.scratch.values())
+
+    def launch(self, tensors: Sequence[Tensor | None], like: Tensor) -> None:
+        args = self.words.from_buffer_copy(self.template)
+        if self.scratch:
+            tensors = [*tensors, *(like.new_empty(size, dtype=torch.float32) for size in self.scratch)]
+        for place, tensor in zip(self.places, tensors, strict=True):
+            args[place] = 0 if tensor is None else tensor.data_ptr()
+        for module, kernel, grid in self.launches:
+            module.launch(kernel, grid, args)
+
+
+MOST_PLANS = 4096  # of several hundred bytes each
+PLANS: dict[tuple[Any, ...], _Ready] = {}
+
+
+def run(
+    plan: Callable[..., Plan], given: Mapping[str, Tensor | None], made: Mapping[str, Tensor | None], *others: Any
+) -> None:
+    """Launches what `plan(*others, **given, **made)` says, asking it once for each layout of tensors.
+
+    Args:
+        plan: takes the tensors and what else decides; must not keep the tensors.
+        given: inputs, by the names of the structure's fields for their addresses; the first isn't None.
+        made: outputs, newly allocated: the layouts of the inputs and `others` decide theirs.
+        others: hashable.
+    """
+    like, *_ = tensors = [*given.values(), *made.values()]
+    assert like is not None
+    layouts = [None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % ALIGNMENT) for t in given.values()]
+    key = (plan, like.device, *layouts, *others)
+    ready = PLANS.get(key)
+    if ready is None:
+        if len(PLANS) >= MOST_PLANS:  # inputs of ever new sizes
+            PLANS.clear()
+        ready = PLANS[key] = _Ready(plan(*others, **given, **made), [*given, *made])
+    ready.launch(tensors, like)
 
 
 def in_groups(x: Tensor, size: int) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import load_gpu
-from ..kernels.load_cpu import Strided, pointer, strided
+from ..kernels.load_cpu import Strided, strided
 from .backend import ScanInputs
 
 STATES = 16  # the most that the kernels take; must match kernels/gpu/scan.h, like
@@ -30,6 +30,9 @@ class _Args(ctypes.Structure):  # must match kernels/gpu/scan.h
         *((name, Strided) for name in ("dout", "du", "ddelta", "dz")),
         *((name, ctypes.c_void_p) for name in ("dA", "dB", "dC", "dD", "dbias")),
     ]
+
+
+_SEQUENCES = [name for name, kind in _Args._fields_ if kind is Strided]
 
 
 class _Cost(NamedTuple):
@@ -94,11 +97,10 @@ def forward(inputs: ScanInputs, reverse_from: int, out: Tensor, last_state: Tens
     # Each direction has an output of its own [G, B, D, L]: blocks of different directions can't wait for each other.
     directions = len(inputs.u)
     per_direction = _writable(out.unsqueeze(0)) if directions == 1 else _like(inputs.u)
-    call = _Call(inputs, reverse_from, kept, out=per_direction)
-    call.args.last_state = last_state.data_ptr()
-    call.launch("scan_forward.cu", "scan", backward=False)
+    made = {"out": per_direction, "last_state": last_state, "kept": kept}
+    _run("scan_forward.cu", "scan", inputs, reverse_from, {}, made)
     if directions == 2:
-        torch.add(*per_direction, out=out)
+        torch.add(per_direction[0], per_direction[1], out=out)
     elif per_direction.data_ptr() != out.data_ptr():
         out.copy_(per_direction[0])
 
@@ -117,10 +119,8 @@ def backward(
     sums = {name: A.new_empty(shape) for name, shape in shapes.items()}
     torch._foreach_zero_(list(sums.values()))  # one kernel
     dout = dout.expand_as(u)  # the same for all directions: their stride is 0
-    call = _Call(inputs, reverse_from, kept, dout=_readable(dout), **written)
-    for name, t in sums.items():
-        setattr(call.args, name, t.data_ptr())
-    call.launch("scan_backward.cu", "scan_backward", backward=True)
+    given = {"dout": _readable(dout), "kept": kept}
+    _run("scan_backward.cu", "scan_backward", inputs, reverse_from, given, {**written, **sums})
     for name, grad in wanted.items():
         if written[name] is not grad:
             grad.copy_(written[name])
@@ -133,44 +133,45 @@ def backward(
     )
 
 
-class _Call:
-    """The arguments of a launch, and the tensors that must live until then."""
+def _run(
+    source: str,
+    kernel: str,
+    inputs: ScanInputs,
+    reverse_from: int,
+    given: dict[str, Tensor | None],
+    made: dict[str, Tensor | None],
+) -> None:
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus = inputs
+    sequences = {"u": u, "delta": delta, "B": B, "C": C, "z": z}
+    parameters = {"A": A, "D": D, "bias": delta_bias}
+    given |= {name: None if t is None else _readable(t) for name, t in sequences.items()}
+    given |= {name: None if t is None else t.contiguous() for name, t in parameters.items()}
+    processors = load_gpu.processors(u.device)
+    wanted = segments(_blocks(u), u.shape[3], processors, backward=kernel == "scan_backward")
+    load_gpu.run(_plan, given, made, source, kernel, wanted, reverse_from, delta_softplus)
 
-    def __init__(self, inputs: ScanInputs, reverse_from: int, kept: Tensor, **others: Tensor) -> None:
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus = inputs
-        _, self.batch, self.width, self.length = u.shape
-        self.u, self.blocks = u, _blocks(u)
-        sequences = {"u": u, "delta": delta, "B": B, "C": C} | ({"z": z} if z is not None else {})
-        self.sequences = {name: _readable(t) for name, t in sequences.items()} | others
-        self.parameters = [None if t is None else t.contiguous() for t in (A, D, delta_bias)]
-        self.args = _Args(
-            batch=self.batch,
-            width=self.width,
-            length=self.length,
-            states=A.shape[1],
-            reverse_from=reverse_from,
-            softplus=delta_softplus,
-            kept=pointer(kept),
-            **{name: strided(t) for name, t in self.sequences.items()},
-        )
-        self.args.A, self.args.D, self.args.bias = (pointer(t) for t in self.parameters)
 
-    def launch(self, source: str, kernel: str, backward: bool) -> None:
-        module = load_gpu.module(
-            source,
-            self.u,
-            DTYPE=load_gpu.DTYPES[self.u.dtype],
-            ALIGNED=int(all(load_gpu.in_quads(t.mT) for t in self.sequences.values())),
-            KEEP=KEEP,
-        )
-        wanted = segments(self.blocks, self.length, load_gpu.processors(self.u.device), backward)
-        self.args.segments, self.args.steps = count, _ = _in_segments(self.length, wanted)
-        if count > 1:
-            ends = self.u.new_empty(count * self.blocks * CHANNELS, STATES, dtype=torch.float32)
-            sums = self.u.new_empty(count * self.blocks * CHANNELS, dtype=torch.float32)
-            self.args.ends, self.args.sums = ends.data_ptr(), sums.data_ptr()
-            module.launch(f"{kernel}_segments", (self.blocks, count - 1, 1), self.args)
-        module.launch(kernel, (self.blocks, count, 1), self.args)
+def _plan(
+    source: str, kernel: str, wanted: int, reverse_from: int, softplus: bool, **tensors: Tensor | None
+) -> load_gpu.Plan:
+    u, A = tensors["u"], tensors["A"]
+    assert u is not None
+    assert A is not None
+    _, batch, width, length = u.shape
+    blocks = _blocks(u)
+    sequences = {name: t for name, t in tensors.items() if name in _SEQUENCES and t is not None}
+    aligned = int(all(load_gpu.in_quads(t.mT) for t in sequences.values()))
+    module = load_gpu.module(source, u, DTYPE=load_gpu.DTYPES[u.dtype], ALIGNED=aligned, KEEP=KEEP)
+    args = _Args(batch, width, length, A.shape[1], reverse_from, softplus=softplus)
+    for name, t in sequences.items():
+        setattr(args, name, strided(t))
+    args.segments, args.steps = count, _ = _in_segments(length, wanted)
+    launches = [(module, kernel, (blocks, count, 1))]
+    if count == 1:
+        return load_gpu.Plan(args, launches)
+    launches.insert(0, (module, f"{kernel}_segments", (blocks, count - 1, 1)))
+    channels = count * blocks * CHANNELS
+    return load_gpu.Plan(args, launches, scratch={"ends": channels * STATES, "sums": channels})
 
 
 def _blocks(u: Tensor) -> int:

@@ -5,6 +5,7 @@ The environment variable ETMAMBA_SCAN names the backend that 'auto' tries first,
 
 import logging
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,10 +17,15 @@ from .backend import Backend, ScanInputs
 
 _logger = logging.getLogger(__name__)
 _announced: set[str] = set()
+_able: set[Callable[[], str | None]] = set()  # the backends' `why_not` that said once that this machine can
 
 # Fastest first: 'auto' takes the first that can run.
 _ROWS = (fused.GPU, mamba_ssm.BACKEND, fused.CPU, chunked.BACKEND, reference.BACKEND)
 BACKENDS = {row.name: row for row in _ROWS}
+
+_TENSORS = ScanInputs._fields[:8]
+_PARAMETERS = ("A", "D", "delta_bias")
+_OPTIONAL = dict.fromkeys(("D", "z", "delta_bias"), " or None")
 
 PREFERRED = os.environ.get("ETMAMBA_SCAN", "")
 
@@ -116,7 +122,13 @@ def _in_order() -> dict[str, Backend]:
 
 @torch.compiler.assume_constant_result  # asked once, at trace time: probing the machine can't be compiled
 def _why_not(name: str) -> str | None:
-    return BACKENDS[name].why_not()
+    probe = BACKENDS[name].why_not
+    if probe in _able:
+        return None
+    reason = probe()
+    if reason is None:
+        _able.add(probe)
+    return reason
 
 
 def _choose(name: str, inputs: ScanInputs) -> Backend:
@@ -155,31 +167,29 @@ def _announce(name: str, inputs: ScanInputs, passed_over: dict[str, str]) -> Non
 
 def _check(inputs: ScanInputs, directions: tuple[int, ...] = ()) -> None:
     """Raises ValueError for inputs that aren't what `ScanInputs` says; directions is (2,) for both in one call."""
-    tensors = list(zip(ScanInputs._fields[:8], inputs[:8], strict=True))
-    for name, t in tensors:
-        optional = name in ("D", "z", "delta_bias")
-        if not isinstance(t, Tensor) and not (optional and t is None):
-            raise ValueError(f"{name} is {type(t).__name__}; it must be a tensor{' or None' if optional else ''}")
+    for name, t in zip(_TENSORS, inputs, strict=False):
+        if not isinstance(t, Tensor) and not (t is None and name in _OPTIONAL):
+            raise ValueError(f"{name} is {type(t).__name__}; it must be a tensor{_OPTIONAL.get(name, '')}")
     u, A = inputs.u, inputs.A
-    front = len(directions)
-    if u.ndim != 3 + front or 0 in u.shape or u.shape[:front] != directions:
+    front, u_shape, A_shape, device = len(directions), u.shape, A.shape, u.device
+    if len(u_shape) != 3 + front or 0 in u_shape or u_shape[:front] != directions:
         wanted = ", ".join([*map(str, directions), "batch, width, length"])
-        raise ValueError(f"u is {tuple(u.shape)}; it must be [{wanted}], none of them 0")
+        raise ValueError(f"u is {tuple(u_shape)}; it must be [{wanted}], none of them 0")
     if u.dtype not in DTYPES:
         raise ValueError(f"u is {u.dtype}; it must be float32, bfloat16, float16 or float64")
-    width, length = u.shape[-2:]
-    if A.ndim != 2 or A.shape[0] != width or A.shape[1] == 0:
-        raise ValueError(f"A is {tuple(A.shape)}; it must be [{width}, state size], as u's width is {width}")
-    sequence, coefficient, channel = tuple(u.shape), (*u.shape[:-2], A.shape[1], length), (width,)
-    shapes = (sequence, sequence, tuple(A.shape), coefficient, coefficient, channel, sequence, channel)
+    width, length = u_shape[-2:]
+    if len(A_shape) != 2 or A_shape[0] != width or A_shape[1] == 0:
+        raise ValueError(f"A is {tuple(A_shape)}; it must be [{width}, state size], as u's width is {width}")
+    sequence, coefficient, channel = tuple(u_shape), (*u_shape[:-2], A_shape[1], length), (width,)
+    shapes = (sequence, sequence, tuple(A_shape), coefficient, coefficient, channel, sequence, channel)
     parameter_dtype = state_dtype(u.dtype)
-    for (name, t), shape in zip(tensors, shapes, strict=True):
+    for name, t, shape in zip(_TENSORS, inputs, shapes, strict=False):
         if t is None:
             continue
-        dtype = parameter_dtype if name in ("A", "D", "delta_bias") else u.dtype
-        if tuple(t.shape) != shape:
-            raise ValueError(f"{name} is {tuple(t.shape)}; with u {sequence} and A {tuple(A.shape)} it must be {shape}")
+        dtype = parameter_dtype if name in _PARAMETERS else u.dtype
+        if t.shape != shape:
+            raise ValueError(f"{name} is {tuple(t.shape)}; with u {sequence} and A {tuple(A_shape)} it must be {shape}")
         if t.dtype != dtype:
             raise ValueError(f"{name} is {t.dtype}; with u in {u.dtype} it must be {dtype}")
-        if t.device != u.device:
-            raise ValueError(f"{name} is on {t.device} and u on {u.device}; move them to one device")
+        if t.device != device:
+            raise ValueError(f"{name} is on {t.device} and u on {device}; move them to one device")

@@ -1,20 +1,24 @@
 """Loading and launching GPU kernels: cuda.bindings' real calls, on a stand-in driver that runs emulated kernels."""
 
+import importlib
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from emulated import COMPILER
+from emulated import COMPILER, EmulatedModule, emulate, needs_emulation
 
+from etmamba_timm.ops import short_conv
 from etmamba_timm.ops.kernels import load_gpu
 
 HERE = Path(__file__).parent
+SHORT_CONV = importlib.import_module("etmamba_timm.ops.short_conv")
 SCRIPT = """
 import importlib, sys, threading, torch
-from types import SimpleNamespace
 import emulated
 from etmamba_timm.ops import short_conv
 from etmamba_timm.ops.kernels import build_gpu, choice, load_gpu
@@ -24,7 +28,7 @@ def compile_gpu(source, defines, capability):
     return emulated.compile_emulated(source, defines)._name.encode() + b"\\0"
 
 torch.cuda.get_device_capability = lambda device: (9, 0)
-torch.cuda.current_stream = lambda device: SimpleNamespace(cuda_stream=77)
+torch._C._cuda_getCurrentRawStream = lambda device: 77
 build_gpu.compile_gpu = compile_gpu
 device = torch.device("cuda", 0)
 load_gpu.DEVICES, choice.gpu_why_not, load_gpu.processors = ("cpu",), lambda device: None, lambda device: 4
@@ -90,6 +94,33 @@ def test_why_not(monkeypatch):
         found = load_gpu.why_not_on(torch.device("cuda", 0))
         assert found == reason or found.startswith(reason)
     load_gpu.why_not_on.cache_clear()
+
+
+@needs_emulation
+def test_plans_are_made_once_for_each_layout(monkeypatch):
+    """The same plan for other data, also by several threads at once; another one for other strides or addresses."""
+    emulate(monkeypatch)
+    monkeypatch.setattr(load_gpu, "MOST_PLANS", 4)
+    weight, lock, launch = torch.randn(8, 1, 4), threading.Lock(), EmulatedModule.launch
+
+    def launch_alone(self: EmulatedModule, *args: object) -> None:  # the emulation takes one kernel at a time
+        with lock:
+            launch(self, *args)
+
+    monkeypatch.setattr(EmulatedModule, "launch", launch_alone)
+
+    def agrees(x: torch.Tensor) -> bool:
+        return torch.allclose(short_conv(x, weight), SHORT_CONV._plain(x, weight, None, False), atol=1e-5)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(agrees, torch.randn(40, 3, 50, 8)))
+    assert len(load_gpu.PLANS) == 1
+    assert agrees(torch.randn(3, 50, 12)[..., 4:])  # other strides
+    assert agrees(torch.randn(3, 50, 12)[..., 3:11])  # not aligned
+    assert len(load_gpu.PLANS) == 3
+    for length in range(1, 11):
+        assert agrees(torch.randn(3, length, 8))
+        assert len(load_gpu.PLANS) <= 4
 
 
 def test_in_quads():

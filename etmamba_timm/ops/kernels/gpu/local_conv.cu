@@ -18,16 +18,9 @@ constexpr int TAPS = 9 + 25 + 49;
 constexpr int PARTS = ceil_div(WIDTH, 16), COLUMNS = ceil_div(WIDTH, PARTS);  // lines of a row, columns of a line
 constexpr int PAIRS = 24, CHANNELS = 2 * PAIRS, LINES = 8, THREADS = PAIRS * LINES;
 // Blocks at once on a multiprocessor: they bound a thread's registers, of which long lines need many.
-#ifndef LOCAL_BLOCKS
-#define LOCAL_BLOCKS (PARTS > 1 || COLUMNS > 14 ? 2 : DENSE ? 4 : COLUMNS <= 10 ? 3 : 2)
-#endif
-#ifndef BACK_BLOCKS
-#define BACK_BLOCKS (PARTS > 1 || COLUMNS > 14 ? 2 : DTYPE && DENSE ? 4 : COLUMNS <= 10 ? 3 : 2)
-#endif
-#ifndef LATE
-#define LATE 1
-#endif
-constexpr int BLOCKS = LOCAL_BLOCKS;
+constexpr int FEW = PARTS > 1 || COLUMNS > 14 ? 2 : 0, FITTING = COLUMNS <= 10 ? 3 : 2;
+constexpr int BLOCKS = FEW ? FEW : DENSE ? 4 : FITTING;
+constexpr int BACK_BLOCKS = FEW ? FEW : DTYPE && DENSE ? 4 : FITTING;
 constexpr int PITCH = CHANNELS + 2;  // in shared memory: neighbouring taps of a channel lie in different banks
 
 struct Parameter { void* data; i64 dtype; };  // contiguous
@@ -207,7 +200,7 @@ template <int SCALE, bool GRADIENT> FN void scale_of_line(const Args& a, int blo
     const bool inside = line < a.lines && p.channel < a.channels;
     const Tokens<const float, 4> other(GRADIENT ? a.dout : a.residual);
     float2 others[COLUMNS], y[COLUMNS] = {};
-    constexpr bool AT_ONCE = SCALE == SCALES || !LATE;
+    constexpr bool AT_ONCE = SCALE == SCALES;  // else they come through the second cache, and fewer registers are needed
     if (inside) AT_ONCE ? load_line<0>(other, a, p, SCALE, 0, others) : prefetch_line(other, a, p, SCALE);  // arrives meanwhile
     if constexpr (SCALE < SCALES) {
         gather<SCALE>(a, blockIdx.y, shared);

@@ -10,22 +10,9 @@
 constexpr int BEFORE = TAPS - 1;
 constexpr int larger(int a, int b) { return a > b ? a : b; }
 // Channels (in quads) and steps of a thread's chunk, and blocks at once on a multiprocessor, which bound its registers.
-#ifndef FORWARD_QUADS
-#define FORWARD_QUADS (DTYPE && ALIGNED ? 2 : 1)
-#endif
-#ifndef FORWARD_CHUNK
-#define FORWARD_CHUNK 4
-#endif
-#ifndef FORWARD_BLOCKS
-#define FORWARD_BLOCKS 4
-#endif
-#ifndef BACKWARD_CHUNK
-#define BACKWARD_CHUNK 4
-#endif
-#ifndef BACKWARD_BLOCKS
-#define BACKWARD_BLOCKS (ALIGNED ? 3 : 2)
-#endif
-constexpr int THREADS = 128, CHUNK = FORWARD_CHUNK, BACK_CHUNK = larger(BACKWARD_CHUNK, BEFORE);
+constexpr int FORWARD_QUADS = DTYPE && ALIGNED ? 2 : 1, CHUNK = 4, BLOCKS = 4;
+constexpr int BACK_CHUNK = larger(4, BEFORE), BACK_BLOCKS = ALIGNED ? 3 : 2;  // of a quad
+constexpr int THREADS = 128;
 constexpr int LANES = 16, WALKS = THREADS / LANES;  // backward: threads side by side, and stretches of a block
 
 struct Args {  // must match short_conv.py
@@ -39,8 +26,8 @@ struct Args {  // must match short_conv.py
 
 struct Shared { float4 sums[WALKS][TAPS + 1][LANES]; };
 
-CONFIG(short_conv, THREADS, 0, FORWARD_BLOCKS, CHUNK, 4 * FORWARD_QUADS)
-CONFIG(short_conv_backward, THREADS, sizeof(Shared), BACKWARD_BLOCKS, BACK_CHUNK, 4, LANES)
+CONFIG(short_conv, THREADS, 0, BLOCKS, CHUNK, 4 * FORWARD_QUADS)
+CONFIG(short_conv_backward, THREADS, sizeof(Shared), BACK_BLOCKS, BACK_CHUNK, 4, LANES)
 CONFIG(short_conv_sum, SUMMED * SUMMERS, sizeof(ColumnSums), SUMMED)
 
 template <int QUADS> struct Channels {
@@ -118,7 +105,7 @@ template <int QUADS> struct Walk {
     }
 };
 
-KERNEL(short_conv, THREADS, FORWARD_BLOCKS) {
+KERNEL(short_conv, THREADS, BLOCKS) {
     typedef Channels<FORWARD_QUADS> Mine;
     constexpr int COUNT = Mine::COUNT;
     const int groups = ceil_div((int)a.width, COUNT), parts = ceil_div((int)a.length, (int)a.steps);
@@ -194,7 +181,7 @@ struct Backward {
 };
 
 // Blocks [LANES quads of channels, WALKS stretches of all rows'].
-KERNEL(short_conv_backward, THREADS, BACKWARD_BLOCKS) {
+KERNEL(short_conv_backward, THREADS, BACK_BLOCKS) {
     SHARED(Shared, shared);
     const int lane = threadIdx.x % LANES, quad = blockIdx.x * LANES + lane, quads = ceil_div((int)a.width, 4);
     const int parts = ceil_div((int)a.length, (int)a.steps), i = blockIdx.y * WALKS + threadIdx.x / LANES;

@@ -56,13 +56,14 @@ class Module:
         code = build_gpu.compile_gpu(source, defines, torch.cuda.get_device_capability(device))
         self._check(driver.cuInit(0))
         self._context = self._check(driver.cuDevicePrimaryCtxRetain(self._check(driver.cuDeviceGet(device.index))))
-        self._check(driver.cuCtxSetCurrent(self._context))
+        self._enter()
         self._module = self._check(driver.cuModuleLoadData(code))
         self._kernels: dict[str, tuple[Any, int, int]] = {}  # function, threads, bytes of shared memory
 
     @functools.cache  # noqa: B019  # modules live as long as the process
     def config(self, kernel: str) -> tuple[int, ...]:
         """What CONFIG says of a kernel: threads, bytes of shared memory, and what else its caller needs."""
+        self._enter()
         address, size = self._check(self._driver.cuModuleGetGlobal(self._module, f"{kernel}_config".encode()))
         values = (ctypes.c_int * (size // ctypes.sizeof(ctypes.c_int)))()
         self._check(self._driver.cuMemcpyDtoH(ctypes.addressof(values), address, size))
@@ -87,12 +88,13 @@ class Module:
             self._driver.CUresult.CUDA_ERROR_INVALID_CONTEXT,
             self._driver.CUresult.CUDA_ERROR_NOT_INITIALIZED,
         ):
-            self._check(self._driver.cuCtxSetCurrent(self._context))  # a thread in which PyTorch did nothing so far
+            self._enter()
             returned = self._driver.cuLaunchKernel(*call)
         self._check(returned)
 
     def _load(self, kernel: str) -> tuple[Any, int, int]:
         driver = self._driver
+        self._enter()
         function = self._check(driver.cuModuleGetFunction(self._module, kernel.encode()))
         threads, shared, *_ = self.config(kernel)
         if shared > 48 * 1024:  # more has to be asked for
@@ -100,6 +102,10 @@ class Module:
             self._check(driver.cuFuncSetAttribute(function, attribute, shared))
         self._kernels[kernel] = function, threads, shared
         return self._kernels[kernel]
+
+    def _enter(self) -> None:
+        """Makes the device's context that of this thread: PyTorch may have done nothing in it so far."""
+        self._check(self._driver.cuCtxSetCurrent(self._context))
 
     def _check(self, returned: tuple[Any, ...]) -> Any:
         status, *values = returned

@@ -19,30 +19,33 @@ int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, 0; }
 int cuDevicePrimaryCtxRetain(void** made, int) { return *made = &context, 0; }
 int cuCtxSetCurrent(void* wanted) { return current = wanted, 0; }
 int cuModuleLoadData(void** module, const void* image) {
-    if (!current) return 201;
+    if (!current) return 201;  // CUDA_ERROR_INVALID_CONTEXT
     *module = dlopen((const char*)image, RTLD_NOW);
     return *module ? 0 : 200;
 }
 int cuModuleGetFunction(void** function, void* module, const char* name) {
+    if (!current) return 201;
     *function = dlsym(module, name);
     return *function ? 0 : 500;
 }
 int cuModuleGetGlobal_v2(uint64_t* address, size_t* bytes, void* module, const char* name) {
+    if (!current) return 201;
     void* found = dlsym(module, name);
     if (!found) return 500;
     *address = (uint64_t)found;
     *bytes = sizeof(int) * *(int*)dlsym(module, (std::string(name) + "_size").c_str());
     return 0;
 }
-int cuMemcpyDtoH_v2(void* to, uint64_t from, size_t bytes) { return std::memcpy(to, (void*)from, bytes), 0; }
+int cuMemcpyDtoH_v2(void* to, uint64_t from, size_t bytes) { return current ? std::memcpy(to, (void*)from, bytes), 0 : 201; }
 int cuFuncSetAttribute(void*, int attribute, int value) {
+    if (!current) return 201;
     if (attribute != 8) return 1;
     shared_limit = value;
     return 0;
 }
 int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned,
                    unsigned shared, void* stream, void** parameters, void** extra) {
-    if (!current) return 201;  // CUDA_ERROR_INVALID_CONTEXT
+    if (!current) return 201;
     if ((int)shared > shared_limit || extra) return 1;
     const int grid[] = {(int)x, (int)y, (int)z};
     if (std::getenv("DRIVER_LOG")) std::printf("%u threads, %u bytes, stream %p\n", threads, shared, stream), std::fflush(stdout);

@@ -37,14 +37,19 @@ load_gpu.module = lambda source, like, **defines: load_gpu._module(source, tuple
 x, weight = torch.randn(2, 3, 40, 8, requires_grad=True), torch.randn(8, 1, 4)
 plain = importlib.import_module("etmamba_timm.ops.short_conv")._plain
 
-def agrees():
-    got, want = (torch.autograd.grad(f(x, weight, None, False).square().sum(), x)[0] for f in (short_conv, plain))
+def agrees(out):
+    got, want = (torch.autograd.grad(y.square().sum(), x)[0] for y in (out, plain(x, weight, None, False)))
     print("agrees", torch.allclose(got, want, atol=1e-4))
 
-agrees()
-thread = threading.Thread(target=agrees)  # the driver's context is a thread's own
-thread.start()
-thread.join()
+def in_a_thread(function):  # the driver's context is a thread's own
+    thread = threading.Thread(target=function)
+    thread.start()
+    thread.join()
+
+out = short_conv(x, weight)
+in_a_thread(lambda: agrees(out))  # as PyTorch's backward passes are
+agrees(short_conv(x, weight))
+in_a_thread(lambda: agrees(short_conv(x, weight)))
 module = load_gpu.module("short_conv.cu", x, DTYPE=0, ALIGNED=1, TAPS=4)
 try:
     module.launch("no_such_kernel", (1, 1, 1), None)
@@ -74,7 +79,7 @@ def test_the_drivers_calls(tmp_path):
     ]
     assert lines == [
         "compiled for (9, 0)",
-        *[*launches, "agrees True"] * 2,  # forward, backward and its sums
+        *[*launches, "agrees True"] * 3,  # forward, backward and its sums
         "the CUDA driver says CUDA_ERROR_NOT_FOUND",
     ]
 

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import on_gpu, short_conv
-from ..ops.kernels.choice import state_dtype
 from .plain import is_plain, plain_conv, plain_weights
 
 
@@ -61,7 +60,6 @@ def ssm(
 
     Returns: [B, N, E].
     """
-    dtype = state_dtype(u.dtype)
     d_state = A_log.shape[1]
     weights = plain_weights(dt_proj, nn.Linear)
     dt_weight = weights[0] if weights else None
@@ -73,19 +71,20 @@ def ssm(
     low_rank, b, c = projected.split([projected.shape[-1] - 2 * d_state, d_state, d_state], dim=-1)
     delta_bias = None
     if weights and dt_weight is not None:
-        delta, delta_bias = F.linear(low_rank, dt_weight), weights[1].to(dtype)
+        delta, delta_bias = F.linear(low_rank, dt_weight), weights[1]
     else:
         delta = dt_proj(low_rank)
     y = scan(
         u.mT,  # [B, N, E] -> [B, E, N], a view
         delta.to(u.dtype).mT,
-        -torch.exp(A_log.to(dtype)),
+        A_log,
         b.mT,
         c.mT,
-        D=D.to(dtype),
+        D=D,
         z=z.to(u.dtype).mT,
         delta_bias=delta_bias,
         delta_softplus=True,
+        A_log=True,
         **scan_args,
     )
     return y.mT

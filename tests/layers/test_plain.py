@@ -150,21 +150,23 @@ def test_only_the_touched_group_is_called(name):
 
 
 def test_the_step_bias_is_added_in_float32():
-    """In a bfloat16 model the scan adds a plain dt_proj's bias; a called one has added its own."""
+    """In a bfloat16 model the scan adds a plain dt_proj's bias, in float32; a called one has added its own."""
     mixer = EbsBlock(64).bfloat16().mixer
     u, z = torch.randn(2, 2, 51, 64, dtype=torch.bfloat16)
     biases = []
 
-    def scan(*args: Tensor, **kwargs) -> Tensor:
-        biases.append(kwargs["delta_bias"])
-        return selective_scan(*args, **kwargs)
+    def scan(u: Tensor, delta: Tensor, A: Tensor, *args: Tensor, **kwargs) -> Tensor:
+        biases.append(bias := kwargs["delta_bias"])
+        y = selective_scan(u, delta, A, *args, **kwargs)
+        in_float32 = {"D": kwargs["D"].float(), "delta_bias": bias if bias is None else bias.float(), "A_log": False}
+        assert torch.equal(y, selective_scan(u, delta, -A.float().exp(), *args, **(kwargs | in_float32)))
+        return y
 
     for _ in range(2):
         ssm(scan, u, z, mixer.x_proj, mixer.dt_proj, mixer.A_log, mixer.D)
         mixer.dt_proj.register_forward_hook(look)
     plain, called = biases
-    assert plain.dtype == torch.float32
-    assert torch.equal(plain, mixer.dt_proj.bias.float())
+    assert plain is mixer.dt_proj.bias
     assert called is None
 
 

@@ -30,7 +30,7 @@ GPU_BLOCK, GPU_WIDE = 2**24, 2**22
 @torch.compiler.disable  # branches on values, and has its own backward
 def scan(inputs: ScanInputs, reverse_from: int) -> tuple[Tensor, Tensor]:
     """See `Backend.scan`. The last state carries a gradient; differentiable only once."""
-    u, delta, A, B, C, D, z, delta_bias, delta_softplus = inputs
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, _ = inputs
     dtype, out_dtype, length = A.dtype, u.dtype, u.shape[-1]
     u, delta = u.to(dtype), delta.to(dtype)
     if delta_bias is not None:

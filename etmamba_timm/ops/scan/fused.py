@@ -19,7 +19,7 @@ from .backend import Backend, ScanInputs
 # torch.library wants the inputs of a scan one by one.
 _INPUTS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, "
-    "Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus"
+    "Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus, bool A_log=False"
 )
 _DEVICES = ("cpu", "cuda")
 
@@ -42,11 +42,13 @@ def _scan(inputs: ScanInputs, reverse_from: int) -> tuple[Tensor, Tensor]:
 
 def scan_on_gpu(inputs: ScanInputs, reverse_from: int) -> tuple[Tensor, Tensor]:
     """See `Backend.scan`. The last state carries no gradient."""
+    inputs = _for_gpu(inputs)
     return _in_groups(inputs, reverse_from) if inputs.A.shape[1] > gpu.STATES else scan(inputs, reverse_from)
 
 
 def both_on_gpu(inputs: ScanInputs) -> Tensor:
     """See `Backend.both`: one call, without turning or joining sequences."""
+    inputs = _for_gpu(inputs)
     if inputs.A.shape[1] <= gpu.STATES:
         return both(inputs)
     batch = inputs.u.shape[1]
@@ -54,9 +56,17 @@ def both_on_gpu(inputs: ScanInputs) -> Tensor:
     return out[:batch] + out[batch:]
 
 
+def _for_gpu(inputs: ScanInputs) -> ScanInputs:
+    """With parameters that the kernels take: those of one call may be log(-A) and of any dtype but float64."""
+    parameters = (inputs.A, inputs.D, inputs.delta_bias)
+    if inputs.A.shape[1] <= gpu.STATES and all(t is None or t.dtype in load_gpu.DTYPES for t in parameters):
+        return inputs
+    return inputs.without_A_log()
+
+
 def _in_groups(inputs: ScanInputs, reverse_from: int) -> tuple[Tensor, Tensor]:
     """More states than the GPU kernel takes: a call for each group of them, then D and the gate; all in float32."""
-    u, delta, A, B, C, D, z, delta_bias, delta_softplus = inputs.with_sequences(lambda x: x.float())
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, _ = inputs.with_sequences(lambda x: x.float())
     results = []
     for rates, b, c in zip(*(t.split(gpu.STATES, 1) for t in (A, B, C)), strict=True):  # states are their dimension 1
         group = ScanInputs(u, delta, rates, b, c, None, None, delta_bias, delta_softplus)
@@ -76,7 +86,15 @@ def _gpu_limits(inputs: ScanInputs) -> str | None:
     return choice.gpu_why_not(inputs.u.device)
 
 
-GPU = Backend("gpu", scan_on_gpu, both_on_gpu, devices=("cuda",), why_not=load_gpu.why_not, limits=_gpu_limits)
+GPU = Backend(
+    "gpu",
+    scan_on_gpu,
+    both_on_gpu,
+    devices=("cuda",),
+    why_not=load_gpu.why_not,
+    limits=_gpu_limits,
+    takes_A_log=True,
+)
 CPU = Backend("cpu", scan, both, devices=("cpu", "meta"), why_not=load_cpu.why_not)  # meta tensors have only shapes
 
 
@@ -109,8 +127,9 @@ def _(reverse_from, keep, *flat):
 
 def _empty_outputs(inputs: ScanInputs, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     u, A = inputs.u, inputs.A
-    kept = A.new_empty(_kernels(u).kept_states(inputs) if keep else 0)
-    return torch.empty_like(u[0]), A.new_empty(u.shape[0] * u.shape[1], *A.shape), kept
+    dtype = choice.state_dtype(u.dtype)
+    kept = u.new_empty(_kernels(u).kept_states(inputs) if keep else 0, dtype=dtype)
+    return torch.empty_like(u[0]), u.new_empty(u.shape[0] * u.shape[1], *A.shape, dtype=dtype), kept
 
 
 @torch.library.custom_op(
@@ -121,7 +140,7 @@ def _empty_outputs(inputs: ScanInputs, keep: bool) -> tuple[Tensor, Tensor, Tens
 )
 def _backward(dout: Tensor, kept: Tensor, reverse_from: int, *flat: Any) -> tuple[Tensor, ...]:
     """The gradients of u, delta, A, B, C, D, z and delta_bias; empty for those of D, z and delta_bias not given."""
-    u, delta, A, B, C, D, z, delta_bias, _ = inputs = ScanInputs(*flat)
+    u, delta, A, B, C, D, z, delta_bias, *_ = inputs = ScanInputs(*flat)
     du, ddelta = torch.empty_like(u), torch.empty_like(delta)
     dz = torch.empty_like(z) if z is not None else None
     dA, dB, dC, dD, dbias = _kernels(u).backward(inputs, reverse_from, dout, kept, du, ddelta, dz)
@@ -139,16 +158,16 @@ def _backward(dout: Tensor, kept: Tensor, reverse_from: int, *flat: Any) -> tupl
 
 @_backward.register_fake
 def _(dout, kept, reverse_from, *flat):
-    u, delta, A, B, C, D, z, delta_bias, _ = ScanInputs(*flat)
+    u, delta, A, B, C, D, z, delta_bias, *_ = ScanInputs(*flat)
     return (
         torch.empty_like(u),
         torch.empty_like(delta),
         torch.empty_like(A, memory_format=torch.contiguous_format),
         _per_step(A.new_empty(B.shape[0] * B.shape[1], B.shape[3], B.shape[2]), B),
         _per_step(A.new_empty(C.shape[0] * C.shape[1], C.shape[3], C.shape[2]), C),
-        A.new_empty(u.shape[2] if D is not None else 0),
+        A.new_empty(0) if D is None else D.new_empty(D.shape),
         torch.empty_like(z) if z is not None else u.new_empty(0),
-        A.new_empty(u.shape[2] if delta_bias is not None else 0),
+        A.new_empty(0) if delta_bias is None else delta_bias.new_empty(delta_bias.shape),
     )
 
 
@@ -158,7 +177,8 @@ def _per_step(grad: Tensor, like: Tensor) -> Tensor:
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    ctx.reverse_from, ctx.keep, *tensors, ctx.delta_softplus = inputs
+    ctx.reverse_from, ctx.keep, *tensors = inputs[:10]
+    ctx.flags = inputs[10:]
     _, state, kept = output
     ctx.mark_non_differentiable(state, kept)
     ctx.save_for_backward(*tensors, kept)
@@ -166,12 +186,12 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _autograd(ctx, dout, _state, _kept):
     *tensors, kept = ctx.saved_tensors  # read once: a checkpoint hands them out a single time
-    inputs = (*tensors, ctx.delta_softplus)
+    inputs = (*tensors, *ctx.flags)
     if not ctx.keep:  # traced where no gradient was wanted
         kept = _forward(ctx.reverse_from, True, *inputs)[2]
     grads = _backward(dout, kept, ctx.reverse_from, *inputs)
     grads = [None if tensor is None else grad for tensor, grad in zip(tensors, grads, strict=True)]
-    return (None, None, *grads, None)
+    return (None, None, *grads, *(None for _ in ctx.flags))
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -25,6 +25,7 @@ class _Args(ctypes.Structure):  # must match kernels/gpu/scan.h
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "width", "length", "states", "reverse_from")),
         *((name, ctypes.c_int64) for name in ("segments", "steps", "softplus")),
+        *((name, ctypes.c_int64) for name in ("A_log", "A_dtype", "D_dtype", "bias_dtype")),
         *((name, Strided) for name in ("u", "delta", "z", "B", "C", "out")),
         *((name, ctypes.c_void_p) for name in ("A", "D", "bias", "last_state", "kept", "ends", "sums")),
         *((name, Strided) for name in ("dout", "du", "ddelta", "dz")),
@@ -109,14 +110,14 @@ def backward(
     inputs: ScanInputs, reverse_from: int, dout: Tensor, kept: Tensor, du: Tensor, ddelta: Tensor, dz: Tensor | None
 ) -> tuple[Tensor, ...]:
     """Fills the gradients of u, delta and z. Returns those of A [D, N], B and C [G·B, L, N], D and delta_bias [D]."""
-    u, A = inputs.u, inputs.A
+    u, A, D, delta_bias = inputs.u, inputs.A, inputs.D, inputs.delta_bias
     directions, batch, width, length = u.shape
     states, padded = A.shape[1], -(-width // CHANNELS) * CHANNELS
     wanted = {"du": du, "ddelta": ddelta} | ({"dz": dz} if dz is not None else {})
     written = {name: _writable(grad) for name, grad in wanted.items()}
     per_step = (directions * batch, length, STATES)
     shapes = {"dA": (padded, STATES), "dB": per_step, "dC": per_step, "dD": (padded,), "dbias": (padded,)}
-    sums = {name: A.new_empty(shape) for name, shape in shapes.items()}
+    sums = {name: A.new_empty(shape, dtype=torch.float32) for name, shape in shapes.items()}
     torch._foreach_zero_(list(sums.values()))  # one kernel
     dout = dout.expand_as(u)  # the same for all directions: their stride is 0
     given = {"dout": _readable(dout), "kept": kept}
@@ -125,11 +126,11 @@ def backward(
         if written[name] is not grad:
             grad.copy_(written[name])
     return (
-        sums["dA"][:width, :states].contiguous(),
+        sums["dA"][:width, :states].to(A.dtype).contiguous(),
         sums["dB"][..., :states].contiguous(),
         sums["dC"][..., :states].contiguous(),
-        sums["dD"][:width],
-        sums["dbias"][:width],
+        sums["dD"][:width].to(A.dtype if D is None else D.dtype),
+        sums["dbias"][:width].to(A.dtype if delta_bias is None else delta_bias.dtype),
     )
 
 
@@ -141,18 +142,18 @@ def _run(
     given: dict[str, Tensor | None],
     made: dict[str, Tensor | None],
 ) -> None:
-    u, delta, A, B, C, D, z, delta_bias, delta_softplus = inputs
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, A_log = inputs
     sequences = {"u": u, "delta": delta, "B": B, "C": C, "z": z}
     parameters = {"A": A, "D": D, "bias": delta_bias}
     given |= {name: None if t is None else _readable(t) for name, t in sequences.items()}
     given |= {name: None if t is None else t.contiguous() for name, t in parameters.items()}
     processors = load_gpu.processors(u.device)
     wanted = segments(_blocks(u), u.shape[3], processors, backward=kernel == "scan_backward")
-    load_gpu.run(_plan, given, made, source, kernel, wanted, reverse_from, delta_softplus)
+    load_gpu.run(_plan, given, made, source, kernel, wanted, reverse_from, delta_softplus, A_log)
 
 
 def _plan(
-    source: str, kernel: str, wanted: int, reverse_from: int, softplus: bool, **tensors: Tensor | None
+    source: str, kernel: str, wanted: int, reverse_from: int, softplus: bool, A_log: bool, **tensors: Tensor | None
 ) -> load_gpu.Plan:
     u, A = tensors["u"], tensors["A"]
     assert u is not None
@@ -162,7 +163,10 @@ def _plan(
     sequences = {name: t for name, t in tensors.items() if name in _SEQUENCES and t is not None}
     aligned = int(all(load_gpu.in_quads(t.mT) for t in sequences.values()))
     module = load_gpu.module(source, u, DTYPE=load_gpu.DTYPES[u.dtype], ALIGNED=aligned, KEEP=KEEP)
-    args = _Args(batch, width, length, A.shape[1], reverse_from, softplus=softplus)
+    args = _Args(batch, width, length, A.shape[1], reverse_from, softplus=softplus, A_log=A_log)
+    for name in ("A", "D", "bias"):
+        parameter = tensors[name]
+        setattr(args, f"{name}_dtype", 0 if parameter is None else load_gpu.DTYPES[parameter.dtype])
     for name, t in sequences.items():
         setattr(args, name, strided(t))
     args.segments, args.steps = count, _ = _in_segments(length, wanted)

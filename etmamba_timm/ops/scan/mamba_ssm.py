@@ -78,7 +78,7 @@ def scan(inputs: ScanInputs, reverse_from: int) -> tuple[Tensor, Tensor]:
     """
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    u, delta, A, B, C, D, z, delta_bias, delta_softplus = inputs.with_sequences(
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, _ = inputs.with_sequences(
         lambda x: in_scan_order(x, reverse_from).contiguous()
     )
     if delta_bias is not None:

@@ -25,7 +25,7 @@ def scan(inputs: ScanInputs, reverse_from: int) -> tuple[Tensor, Tensor]:
     def turn(x: Tensor) -> Tensor:  # the rows that run backwards; x [L, B, ...]
         return torch.cat([x[:, :reverse_from], x[:, reverse_from:].flip(0)], 1) if reverse_from < x.shape[1] else x
 
-    u, delta, A, B, C, D, z, delta_bias, delta_softplus = inputs.with_sequences(
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, _ = inputs.with_sequences(
         lambda x: turn(x.permute(2, 0, 1).to(dtype))  # [B, R, L] -> [L, B, R]
     )
     if delta_bias is not None:

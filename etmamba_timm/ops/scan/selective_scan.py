@@ -48,11 +48,12 @@ def selective_scan(
     return_last_state: bool = False,
     reverse: bool = False,
     backend: str = "auto",
+    A_log: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The selective scan of Mamba (S6): a linear recurrence whose coefficients depend on the input.
 
-    The arguments are those of mamba-ssm's `selective_scan_fn`, plus `reverse` and `backend`. Strides are free: a
-    transposed view of `[B, L, D]` data is as good as contiguous `[B, D, L]`.
+    The arguments are those of mamba-ssm's `selective_scan_fn`, plus `reverse`, `backend` and `A_log`. Strides are
+    free: a transposed view of `[B, L, D]` data is as good as contiguous `[B, D, L]`.
 
     Args:
         u: the input [B, D, L]; float32, bfloat16, float16 or float64.
@@ -67,10 +68,12 @@ def selective_scan(
         return_last_state: whether to return the state after the last step as well.
         reverse: whether to run from the last time step to the first. The output stays in the input's order.
         backend: a name from `scan_backends()`, or 'auto' for the fastest one that can run ($ETMAMBA_SCAN first).
+        A_log: whether A is given as log(-A), as Mamba's layers keep it. Then A, D and delta_bias may each have any
+            dtype that `u` may have. On a GPU it spares small kernels that work out A and cast parameters.
 
     Returns:
-        The output [B, D, L] in `u`'s dtype, or (output, last state [B, D, N] in `A`'s dtype). The last state is
-        for inspection: it carries no gradient on some backends.
+        The output [B, D, L] in `u`'s dtype, or (output, last state [B, D, N] in float32, or float64 if `u` is). The
+        last state is for inspection: it carries no gradient on some backends.
 
     Raises:
         ValueError: mismatched shapes or dtypes, an empty sequence, an unknown backend.
@@ -78,9 +81,10 @@ def selective_scan(
 
     Source: Mamba (Gu & Dao 2023), algorithm 2.
     """
-    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, A_log)
     _check(inputs)
-    out, state = _choose(backend, inputs).scan(inputs, 0 if reverse else u.shape[0])
+    chosen, inputs = _choose(backend, inputs)
+    out, state = chosen.scan(inputs, 0 if reverse else u.shape[0])
     return (out, state) if return_last_state else out
 
 
@@ -95,6 +99,7 @@ def bidirectional_scan(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     backend: str = "auto",
+    A_log: bool = False,
 ) -> Tensor:
     """The sum of a forward and a backward scan that share parameters (paper 3.3).
 
@@ -103,9 +108,9 @@ def bidirectional_scan(
 
     Returns: the sum of both outputs [B, D, L] in `u`'s dtype, each in the input's order.
     """
-    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, A_log)
     _check(inputs, directions=(2,))
-    chosen = _choose(backend, inputs)
+    chosen, inputs = _choose(backend, inputs)
     if chosen.both is not None:
         return chosen.both(inputs)
     batch = u.shape[1]
@@ -131,7 +136,13 @@ def _why_not(name: str) -> str | None:
     return reason
 
 
-def _choose(name: str, inputs: ScanInputs) -> Backend:
+def _choose(name: str, inputs: ScanInputs) -> tuple[Backend, ScanInputs]:
+    """The backend of `_find`, and the inputs as it takes them."""
+    backend = _find(name, inputs)
+    return backend, inputs if backend.takes_A_log else inputs.without_A_log()
+
+
+def _find(name: str, inputs: ScanInputs) -> Backend:
     """The backend of this name; for 'auto' the first that can run, and a log of why faster ones can't."""
     if name == "auto" and only_plain():
         name = reference.BACKEND.name
@@ -187,6 +198,8 @@ def _check(inputs: ScanInputs, directions: tuple[int, ...] = ()) -> None:
         if t is None:
             continue
         dtype = parameter_dtype if name in _PARAMETERS else u.dtype
+        if inputs.A_log and name in _PARAMETERS and t.dtype in DTYPES:
+            dtype = t.dtype
         if t.shape != shape:
             raise ValueError(f"{name} is {tuple(t.shape)}; with u {sequence} and A {tuple(A_shape)} it must be {shape}")
         if t.dtype != dtype:

@@ -46,6 +46,13 @@ def agrees(scan, expected, args: dict, seed: int = 0) -> None:
     assert_agrees(out, grads, expected, args, weight)
 
 
+def in_dtypes(args: dict, A_log: bool, dtypes) -> dict:
+    """A, or log(-A), D and delta_bias in these dtypes, as leaves."""
+    A = (-args["A"].detach()).clamp_min(1e-4).log() if A_log else args["A"]  # float16 has no log of 0
+    tensors = {"A": A, "D": args["D"], "delta_bias": args["delta_bias"]}
+    return {k: t.detach().to(dtype).requires_grad_() for (k, t), dtype in zip(tensors.items(), dtypes, strict=True)}
+
+
 @settings(max_examples=70, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     batch=st.integers(1, 3),
@@ -56,32 +63,49 @@ def agrees(scan, expected, args: dict, seed: int = 0) -> None:
     layout=st.sampled_from(["BLD", "BLD", "BDL", "strided"]),
     softplus=st.booleans(),
     absent=st.sets(st.sampled_from(["D", "z", "delta_bias"])),
+    A_log=st.booleans(),
+    parameters=st.one_of(st.just([torch.float32] * 3), st.tuples(*[st.sampled_from(DTYPES)] * 3)),
     way=st.sampled_from(["forwards", "backwards", "mixed", "both"]),
     segments=st.tuples(st.integers(1, 5), st.integers(1, 5)),
     order=ORDERS,
     seed=st.integers(0, 1000),
 )
 def test_agrees_with_the_reference(
-    monkeypatch, batch, width, length, state, dtype, layout, softplus, absent, way, segments, order, seed
+    monkeypatch,
+    batch,
+    width,
+    length,
+    state,
+    dtype,
+    layout,
+    softplus,
+    absent,
+    A_log,
+    parameters,
+    way,
+    segments,
+    order,
+    seed,
 ):
     monkeypatch.setenv("EMULATION_ORDER", order)
     monkeypatch.setattr(gpu, "segments", lambda *sizes, backward=False: segments[backward])
     args = arguments(2 * batch if way == "both" else batch, width, length, state, dtype, seed, layout)
-    args |= dict.fromkeys(absent)
+    args |= in_dtypes(args, A_log, parameters) | dict.fromkeys(absent)
+    flags = {"delta_softplus": softplus, "A_log": A_log}
     if not softplus:  # a step must be positive for the scan to be stable
         args["delta"] = (args["delta"].detach().abs() * 0.2).requires_grad_()
         args["delta_bias"] = None
     reverse_from = {"forwards": batch, "backwards": 0, "mixed": batch // 2, "both": batch}[way]
 
     def one_call(**args):
-        return fused.GPU.scan(ScanInputs(**args, delta_softplus=softplus), reverse_from)[0]
+        return fused.GPU.scan(ScanInputs(**args, **flags), reverse_from)[0]
 
     def expected(**args):
-        out, _ = reference.scan(ScanInputs(**args, delta_softplus=softplus), reverse_from)
+        out, _ = reference.scan(ScanInputs(**args, **flags).without_A_log(), reverse_from)
         return out[:batch] + out[batch:] if way == "both" else out
 
     def two_directions(**args):
-        return fused.GPU.both(ScanInputs(**both(args), delta_softplus=softplus))
+        return fused.GPU.both(ScanInputs(**both(args), **flags))
 
     def both(args):
         return {k: t if t is None or k in PARAMETERS else t.unflatten(0, (2, -1)) for k, t in args.items()}
@@ -172,14 +196,43 @@ def test_growth_beyond_float32_in_silent_segments_is_no_nan(monkeypatch):
     assert not state.any()
 
 
+@pytest.mark.parametrize("A_log", [False, True])
 @pytest.mark.parametrize(("layout", "width", "state", "optional"), [("BLD", 32, 16, True), ("BDL", 5, 3, False)])
-def test_operators_are_proper_ones(layout, width, state, optional):
+def test_operators_are_proper_ones(layout, width, state, optional, A_log):
     """Schema, fake implementation, autograd registration and tracing, by torch's own checks."""
     args = both_directions(arguments(4, width, 40, state, torch.float32, optional=optional, layout=layout))
-    torch.library.opcheck(fused._forward, (2, True, *args.values(), True))
+    if A_log and optional:
+        args |= in_dtypes(args, A_log, (torch.bfloat16, torch.float16, torch.float32))
+    torch.library.opcheck(fused._forward, (2, True, *args.values(), True, A_log))
     plain = [None if t is None else t.detach() for t in args.values()]
-    out, _, states = fused._forward(2, True, *plain, True)
-    torch.library.opcheck(fused._backward, (torch.randn_like(out), states, 2, *plain, True))
+    out, _, states = fused._forward(2, True, *plain, True, A_log)
+    torch.library.opcheck(fused._backward, (torch.randn_like(out), states, 2, *plain, True, A_log))
+
+
+@pytest.mark.parametrize("state", [4, 20])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_layers_parameters(dtype, state):
+    """log(-A) through the public functions; dtypes that the kernel has not, and more states than it takes."""
+    args = arguments(2, 8, 40, state, torch.float32)
+    args |= in_dtypes(args, True, [dtype, torch.float32, torch.float32])
+
+    def scan(backend):
+        return lambda **a: selective_scan(**a, delta_softplus=True, backend=backend, A_log=True)
+
+    agrees(scan("gpu"), scan("reference"), args)
+
+
+def test_parameters_go_to_the_kernel_as_they_are():
+    """A mixer asks for no kernel that casts, takes exponentials or turns signs."""
+    model, clip, _ = model_and_clip("etmamba_ti")
+    model = model.bfloat16()
+    with torch.inference_mode():
+        model(clip.bfloat16())
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            model.blocks[0].mixer(torch.randn(2, 19, 64).bfloat16())
+    asked = {event.key for event in profile.key_averages()}
+    assert "etmamba_timm::scan" in asked
+    assert not asked & {"aten::exp", "aten::neg", "aten::_to_copy"}
 
 
 def test_fake_tensors_on_a_device(monkeypatch):

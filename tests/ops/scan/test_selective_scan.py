@@ -80,7 +80,7 @@ def assert_agrees(out: torch.Tensor, grads: dict, reference, args: dict, weight:
     args = in_float64(args)
     wanted = reference(**args)
     assert error(out, wanted) <= activations
-    bounds = [parameters if name in PARAMETERS else activations for name in grads]
+    bounds = [max(parameters, BOUNDS[grad.dtype][1]) if k in PARAMETERS else activations for k, grad in grads.items()]
     assert_gradients_agree(list(grads.values()), wanted, [args[name] for name in grads], weight, bounds)
 
 
@@ -123,6 +123,27 @@ def test_long_memories_in_16_bits(backend):
     out = selective_scan(**args, delta_softplus=True, backend=backend)
     wanted = selective_scan(**in_float64(args), delta_softplus=True, backend="reference")
     torch.testing.assert_close(out.double(), wanted, rtol=2**-10, atol=0)
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_log_of_A_in_any_dtype(backend, dtype):
+    """As if the caller worked A out in the states' dtype."""
+    args = arguments(2, 5, 30, 4, torch.float32)
+    args |= {k: args[k].detach().abs().log().to(dtype).requires_grad_() for k in PARAMETERS}
+    given = dict(args)
+    args |= {k: args[k].float() for k in PARAMETERS}
+    args["A"] = -torch.exp(args["A"])
+    for run in (selective_scan, lambda **a: bidirectional_scan(**both_views(a))):
+        outs = run(**given, backend=backend, A_log=True), run(**args, backend=backend)
+        assert torch.equal(*outs)
+        leaves = list(given.values())
+        for got, want in zip(*(torch.autograd.grad(out.sum(), leaves, retain_graph=True) for out in outs), strict=True):
+            assert torch.equal(got, want)
+
+
+def both_views(args: dict) -> dict:
+    return {k: v if k in PARAMETERS or not torch.is_tensor(v) else v.unflatten(0, (2, -1)) for k, v in args.items()}
 
 
 @pytest.mark.parametrize("backend", HERE)

@@ -22,8 +22,9 @@ constexpr int STEPS = KEEP > 16 ? KEEP : 16;  // those of a segment are a multip
 
 struct Args {  // must match gpu.py
     i64 batch, width, length, states, reverse_from, segments, steps, softplus;  // steps: of a segment, a multiple of STEPS
+    i64 A_log, A_dtype, D_dtype, bias_dtype;  // A_log: whether `A` has log(-A); dtypes are numbered as DTYPE
     Strided u, delta, z, B, C, out;    // channels next to each other; z may be missing
-    const float *A, *D, *bias;         // [width, states]; [width] or null; [width] or null
+    const void *A, *D, *bias;          // [width, states]; [width] or null; [width] or null
     float *last_state;                 // [rows, width, states]
     float *kept;                       // [rows, blocks of channels, chunks, CHANNELS, STATES] or null
     float *ends, *sums;                // of segments alone: [segments, rows, blocks, CHANNELS, STATES]; without STATES
@@ -102,16 +103,19 @@ FN void fetch_states(const Args& a, Quad* slot, const T* row, i64 stride, bool r
 }
 
 // D or the bias of the block's channels; 0 where there is none.
-FN void stage(float* to, const float* from, const Args& a, int channel) {
-    for (int i = threadIdx.x; i < CHANNELS; i += blockDim.x) to[i] = from && channel + i < a.width ? from[channel + i] : 0.f;
+FN void stage(float* to, const void* from, i64 dtype, const Args& a, int channel) {
+    for (int i = threadIdx.x; i < CHANNELS; i += blockDim.x)
+        to[i] = from && channel + i < a.width ? element(from, channel + i, (int)dtype) : 0.f;
 }
 
 // A log2 e of four states of a channel: decays are powers of 2.
 FN void load_rates(const Args& a, int channel, int state, float* rates) {
+    const i64 begin = channel * a.states, end = channel < a.width ? begin + a.states : 0;
+    elements<4>(a.A, (int)a.A_dtype, begin + state, 1, end, rates);
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
-        const bool some = channel < a.width && state + n < a.states;
-        rates[n] = some ? a.A[channel * a.states + state + n] * LOG2E : 0.f;
+        if (a.A_log) rates[n] = begin + state + n < end ? -exp_fast(rates[n]) : 0.f;
+        rates[n] *= LOG2E;
     }
 }
 
@@ -227,7 +231,7 @@ template <bool ADJOINT> FN void scan_segment_alone(const Args& a, SegmentShared<
         s.z = place.start(a, a.z, place.channel);
         s.coefficients = place.start(a, work.coefficients, 0);
     }
-    stage(s.bias, a.bias, a, place.channel);
+    stage(s.bias, a.bias, a.bias_dtype, a, place.channel);
     __syncthreads();
     work.load(0), work.load(1);
     wait_for_copies<1>();

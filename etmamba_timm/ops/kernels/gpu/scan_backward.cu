@@ -277,8 +277,8 @@ FN void start(const Args& a, Shared& s, const Place& place) {
         s.dC = a.dC + place.row * a.length * STATES;
         s.kept = a.kept + kept_slot((a.length + KEEP - 1) / KEEP, 0, 0) * STATES;
     }
-    stage(s.D, a.D, a, place.channel);
-    stage(s.bias, a.bias, a, place.channel);
+    stage(s.D, a.D, a.D_dtype, a, place.channel);
+    stage(s.bias, a.bias, a.bias_dtype, a, place.channel);
     s.dD[threadIdx.x] = s.dbias[threadIdx.x] = make_float4(0.f, 0.f, 0.f, 0.f);
     __syncthreads();
 }
@@ -334,8 +334,12 @@ KERNEL(scan_backward, THREADS, blocks_at_once(BLOCKS, sizeof(Shared))) {
     }
     const i64 first_channel = a.width - s.channels;
 #pragma unroll
-    for (int c = 0; c < PER_LANE; ++c)
+    for (int c = 0; c < PER_LANE; ++c) {
+        if (a.A_log)  // what `A` has changes A by a factor
+#pragma unroll
+            for (int n = 0; n < 4; ++n) gradients.dA[c][n] *= gradients.rates[c][n] * LN2;
         add_to(a.dA + (first_channel + gradients.channel + c * 8) * STATES + gradients.sub * 4, pack4(gradients.dA[c]));
+    }
     const i64 quad = first_channel + threadIdx.x % (CHANNELS / 4) * 4;
     add_to(a.dD + quad, s.dD[threadIdx.x]);
     add_to(a.dbias + quad, s.dbias[threadIdx.x]);

@@ -214,8 +214,8 @@ KERNEL(scan, THREADS, blocks_at_once(BLOCKS, sizeof(Shared))) {
     const int segment = blockIdx.y, first = segment * (int)a.steps;
     const int end = (int)smaller(first + a.steps, a.length);
     if (threadIdx.x == 0) s.turned = turn();
-    stage(s.D, a.D, a, place.channel);
-    stage(s.bias, a.bias, a, place.channel);
+    stage(s.D, a.D, a.D_dtype, a, place.channel);
+    stage(s.bias, a.bias, a.bias_dtype, a, place.channel);
     __syncthreads();
     const int thread = ((int)threadIdx.x + s.turned) % THREADS;
     if (thread < MAIN) {

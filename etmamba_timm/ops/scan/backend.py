@@ -33,9 +33,9 @@ class ScanInputs(NamedTuple):
 
     def with_sequences(self, change: Callable[[Tensor], Tensor]) -> "ScanInputs":
         """The same inputs with every sequence changed."""
-        u, delta, A, B, C, D, z, *others = self
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, A_log = self
         z = None if z is None else change(z)
-        return ScanInputs(change(u), change(delta), A, change(B), change(C), D, z, *others)
+        return ScanInputs(change(u), change(delta), A, change(B), change(C), D, z, delta_bias, delta_softplus, A_log)
 
     def without_A_log(self) -> "ScanInputs":
         """The same inputs with A itself and parameters in the dtype of states."""

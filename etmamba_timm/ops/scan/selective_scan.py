@@ -178,7 +178,7 @@ def _announce(name: str, inputs: ScanInputs, passed_over: dict[str, str]) -> Non
 
 def _check(inputs: ScanInputs, directions: tuple[int, ...] = ()) -> None:
     """Raises ValueError for inputs that aren't what `ScanInputs` says; directions is (2,) for both in one call."""
-    for name, t in zip(_TENSORS, inputs, strict=False):
+    for name, t in zip(_TENSORS, inputs[:8], strict=True):
         if not isinstance(t, Tensor) and not (t is None and name in _OPTIONAL):
             raise ValueError(f"{name} is {type(t).__name__}; it must be a tensor{_OPTIONAL.get(name, '')}")
     u, A = inputs.u, inputs.A
@@ -194,7 +194,7 @@ def _check(inputs: ScanInputs, directions: tuple[int, ...] = ()) -> None:
     sequence, coefficient, channel = tuple(u_shape), (*u_shape[:-2], A_shape[1], length), (width,)
     shapes = (sequence, sequence, tuple(A_shape), coefficient, coefficient, channel, sequence, channel)
     parameter_dtype = state_dtype(u.dtype)
-    for name, t, shape in zip(_TENSORS, inputs, shapes, strict=False):
+    for name, t, shape in zip(_TENSORS, inputs[:8], shapes, strict=True):
         if t is None:
             continue
         dtype = parameter_dtype if name in _PARAMETERS else u.dtype

@@ -225,4 +225,3 @@ inline void add_to(float* to, float4 x) {
     to[0] += x.x, to[1] += x.y, to[2] += x.z, to[3] += x.w;
 }
 inline int opaque(int x) { return x; }
-inline int warp_slot() { return 4 * blockIdx.x + emulation::current / 32; }

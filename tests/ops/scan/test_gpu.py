@@ -303,15 +303,15 @@ def test_what_it_declines(monkeypatch):
 @pytest.mark.parametrize(
     ("batch", "width", "forward", "backward"),
     [
-        (8, 576, (1, 1), (7, 12)),
-        (1, 576, (14, 18), (22, 29)),
-        (32, 576, (1, 1), (2, 11)),
+        (8, 576, (1, 1), (6, 22)),
+        (1, 576, (14, 29), (22, 40)),
+        (32, 576, (1, 1), (1, 11)),
         (8, 1152, (1, 1), (3, 11)),
-        (1, 192, (33, 36), (36, 48)),
+        (1, 192, (24, 49), (40, 49)),
     ],
 )
-def test_the_number_of_segments_is_the_best_of_those_measured(batch, width, forward, backward):
-    """On an H200, with 3,137 steps in both directions."""
+def test_the_number_of_segments_is_about_the_best_of_those_measured(batch, width, forward, backward):
+    """Numbers within 10% of the best on an H200, with 3,137 steps in both directions."""
     blocks = 2 * batch * width // 32
     assert forward[0] <= gpu.segments(blocks, 3137, 132) <= forward[1]
     assert backward[0] <= gpu.segments(blocks, 3137, 132, backward=True) <= backward[1]

@@ -57,4 +57,3 @@ FN float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); 
 // The same number, as the compiler can't know it: nothing worked out from it is kept in registers for later.
 FN int opaque(int x) { asm volatile("" : "+r"(x)); return x; }
 // The place that a warp has in its multiprocessor, which balances work; it may change.
-FN int warp_slot() { int x; asm volatile("mov.u32 %0, %%warpid;" : "=r"(x)); return x; }

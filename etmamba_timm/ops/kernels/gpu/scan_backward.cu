@@ -12,12 +12,9 @@ constexpr int THREADS = CHANNELS * LANES / PER_LANE, WARPS = THREADS / 32;
 constexpr int TILES = KEEP / TILE, GROUPS = TILE / GROUP;
 constexpr int SPREAD = CHANNELS / 4 + 2;           // see slot_of
 #if __CUDA_ARCH__ >= 1000
-#define BLOCKS 6  // of a multiprocessor: 168 registers a thread; with 128 some are spilled there
-#elif !defined(BLOCKS)
-#define BLOCKS 8
-#endif
-#ifndef DECAYS
-#define DECAYS 1  // whether decays stay in registers, or are worked out twice
+constexpr int BLOCKS = 6;  // of a multiprocessor: 168 registers a thread; with 128 some are spilled there
+#else
+constexpr int BLOCKS = 8;
 #endif
 static_assert(TILE * CHANNELS / 4 == THREADS && TILE * 8 == THREADS && KEEP % TILE == 0, "a quad a thread");
 
@@ -221,7 +218,7 @@ struct Gradients {
                 for (int n = 0; n < 4; ++n) {
                     const float decay = exp2_fast(in.x * rates[c][n]);
                     h[r + 1][c][n] = fmaf(h[r][c][n], decay, in.y * B[n]);
-                    if (DECAYS) decays[r][c][n] = decay;
+                    decays[r][c][n] = decay;
                 }
             }
         }
@@ -241,7 +238,7 @@ struct Gradients {
                     sums[4 + n] = c ? fmaf(in.z, h[r + 1][c][n], sums[4 + n]) : in.z * h[r + 1][c][n];
                     y[c][r] = fmaf(C[n], h[r + 1][c][n], y[c][r]);
                     dx[c][r] = fmaf(g[c][n], B[n], dx[c][r]);
-                    g[c][n] *= DECAYS ? decays[r][c][n] : exp2_fast(in.x * rates[c][n]);
+                    g[c][n] *= decays[r][c][n];
                     const float through = g[c][n] * h[r][c][n];  // of Δ A
                     drate[c][r] = fmaf(through, rates[c][n], drate[c][r]);
                     dA[c][n] = fmaf(through, in.x, dA[c][n]);

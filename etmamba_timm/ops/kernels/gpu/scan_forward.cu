@@ -2,33 +2,15 @@
 
 #include "scan.h"
 
-// Best of those measured on one H200.
-#ifndef TILE
-#define TILE 16     // steps
-#endif
-#ifndef PER_LANE
-#define PER_LANE 2  // channels a lane
-#endif
-#ifndef HELPERS
-#define HELPERS 64  // threads that prepare the next tile meanwhile, and finish the last
-#endif
-#ifndef BLOCKS
-#define BLOCKS 5    // of a multiprocessor
-#endif
-#ifndef UNROLL
-#define UNROLL 2    // groups of four steps
-#endif
-#ifndef TURN
-#define TURN 1      // see `turn`
-#endif
-constexpr int AT_ONCE = UNROLL;                         // a pragma knows no macros
+// Best of those measured on one H200. Channels of a lane; threads that prepare the next tile meanwhile, and finish the last;
+// blocks of a multiprocessor.
+constexpr int TILE = 16, PER_LANE = 2, HELPERS = 64, BLOCKS = 5;
 constexpr int MAIN = CHANNELS * LANES / PER_LANE, THREADS = MAIN + HELPERS;  // MAIN threads run the recurrence
 constexpr int ROWS = HELPERS / (CHANNELS / 4);          // steps of which the helpers have a quad each
 constexpr int QUADS = TILE / ROWS;                      // of a helper, a tile: inputs,
 constexpr int STATE_QUADS = TILE * 8 / HELPERS;         // and B and C
-constexpr int PART = KEEP < TILE ? KEEP : TILE;         // steps between which states may be kept
 static_assert(QUADS * ROWS == TILE && STATE_QUADS * HELPERS == TILE * 8 && HELPERS % 32 == 0, "no rest");
-static_assert(STEPS % TILE == 0 && TILE % PART == 0 && KEEP % PART == 0 && PART % 4 == 0, "whole tiles");
+static_assert(STEPS % TILE == 0 && KEEP % TILE == 0 && TILE % 4 == 0, "whole tiles");
 
 struct Shared {
     Quad raw[3][3][QUADS][HELPERS];     // u, Δ and z of three tiles
@@ -37,7 +19,6 @@ struct Shared {
     float4 states[2][TILE][8];          // B, C
     float y[2][TILE][CHANNELS + 8];
     float D[CHANNELS], bias[CHANNELS];
-    int turned;
 };
 
 CONFIG(scan_segments, SEGMENT_THREADS, (int)sizeof(SegmentShared<false>), CHANNELS)
@@ -47,10 +28,6 @@ KERNEL(scan_segments, SEGMENT_THREADS, blocks_at_once(8, sizeof(SegmentShared<fa
     SHARED(SegmentShared<false>, s);
     scan_segment_alone<false>(a, s);
 }
-
-// By how many threads a block's roles are shifted. Each quarter of a multiprocessor runs every fourth of its warps, and the
-// recurrence's warps are the busier ones: without a turn they would share the same quarters in all blocks.
-FN int turn() { return TURN ? warp_slot() / 4 * MAIN % THREADS : 0; }
 
 // Its pointers are at the tile that is loaded next, or (out) finished next.
 struct Helper {
@@ -161,27 +138,24 @@ struct Recurrence {
     }
 
     FN void run(int t, int p) {  // a tile, which starts at step t
-#pragma unroll 1
-        for (int part = 0; part < TILE; part += PART) {
-            if (a.kept && (t + part) % KEEP == 0 && t + part < a.length) keep((t + part) / KEEP);
-#pragma unroll AT_ONCE
-            for (int r = part; r < part + PART; r += 4) {
-                float y[PER_LANE][4];
+        if (a.kept && t % KEEP == 0 && t < a.length) keep(t / KEEP);
+#pragma unroll 2
+        for (int r = 0; r < TILE; r += 4) {
+            float y[PER_LANE][4];
 #pragma unroll
-                for (int k = 0; k < 4; ++k) {
-                    float B[4], C[4];
-                    unpack(s.states[p][r + k][sub], B), unpack(s.states[p][r + k][4 + sub], C);
+            for (int k = 0; k < 4; ++k) {
+                float B[4], C[4];
+                unpack(s.states[p][r + k][sub], B), unpack(s.states[p][r + k][4 + sub], C);
 #pragma unroll
-                    for (int c = 0; c < PER_LANE; ++c) {
-                        const float2 in = s.inputs[p][r + k][channel + c * 8];
+                for (int c = 0; c < PER_LANE; ++c) {
+                    const float2 in = s.inputs[p][r + k][channel + c * 8];
 #pragma unroll
-                        for (int n = 0; n < 4; ++n) h[c][n] = fmaf(h[c][n], exp2_fast(in.x * rates[c][n]), in.y * B[n]);
-                        y[c][k] = fmaf(h[c][0], C[0], h[c][1] * C[1]) + fmaf(h[c][2], C[2], h[c][3] * C[3]);
-                    }
+                    for (int n = 0; n < 4; ++n) h[c][n] = fmaf(h[c][n], exp2_fast(in.x * rates[c][n]), in.y * B[n]);
+                    y[c][k] = fmaf(h[c][0], C[0], h[c][1] * C[1]) + fmaf(h[c][2], C[2], h[c][3] * C[3]);
                 }
-#pragma unroll
-                for (int c = 0; c < PER_LANE; ++c) s.y[p][r + sub][channel + c * 8] = sum_over_lanes(y[c], sub);
             }
+#pragma unroll
+            for (int c = 0; c < PER_LANE; ++c) s.y[p][r + sub][channel + c * 8] = sum_over_lanes(y[c], sub);
         }
     }
 
@@ -213,11 +187,10 @@ KERNEL(scan, THREADS, blocks_at_once(BLOCKS, sizeof(Shared))) {
     const Place place(a);
     const int segment = blockIdx.y, first = segment * (int)a.steps;
     const int end = (int)smaller(first + a.steps, a.length);
-    if (threadIdx.x == 0) s.turned = turn();
     stage(s.D, a.D, a.D_dtype, a, place.channel);
     stage(s.bias, a.bias, a.bias_dtype, a, place.channel);
     __syncthreads();
-    const int thread = ((int)threadIdx.x + s.turned) % THREADS;
+    const int thread = threadIdx.x;
     if (thread < MAIN) {
         Recurrence recurrence(a, s, place, thread, segment);
         first_prepared();

@@ -2,8 +2,8 @@
 
 python -m projects.mocap.figures DATA RUN
 
-Confusions (of the scores that ship.py left), t-SNE, effective receptive field, a timeline over joined test
-videos, and the run's learning curve. `front.py` draws the README's picture.
+Confusions in both tests (of the scores that ship.py left), t-SNE, effective receptive field, a timeline over joined
+test videos, and the run's learning curve. `front.py` draws the README's picture.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from ..curve import learning_curve
 from ..runs import etmamba
 from .join import join, share_right
-from .ship import IMAGES, NAME, RESULTS, test_videos
+from .ship import IMAGES, NAME, RESULTS, TESTS, test_videos
 from .variation import CLASSES, SECONDS
 
 JOINED = 12  # videos of the timeline
@@ -30,7 +30,9 @@ def main() -> None:
     videos = [found[0] for found in test_videos(args.data).values()]
     model = ["--model", NAME]
     learning_curve(args.run, IMAGES / "mocap_learning.png", NAME)
-    etmamba("analyze", "confusion", RESULTS / "mocap_test.safetensors", "-o", IMAGES / "mocap_confusion.png")
+    for test in TESTS:
+        out = IMAGES / f"mocap_confusion_{test}.png"
+        etmamba("analyze", "confusion", RESULTS / f"mocap_{test}.safetensors", "-o", out)
     tsne = ["--data", args.data, "--subset", "test", "--classes", len(CLASSES)]
     etmamba("analyze", "tsne", *model, *tsne, "-o", IMAGES / "mocap_tsne.png")
     etmamba("analyze", "erf", *videos, *model, "-o", IMAGES / "mocap_erf.png")

@@ -1,16 +1,20 @@
-"""How well motions are distinguished from the same motions backwards, from the scores of `etmamba eval --scores`.
+"""Motions against the same motions backwards, and the styles, from the scores of `etmamba eval --scores`.
 
-python -m projects.mocap.pairs scores.safetensors
+python -m projects.mocap.pairs scores.safetensors --part test
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
+
+from torch import Tensor
 
 from etmamba_timm.training.evaluate import Scores
 
+from .looks import STYLES
 from .variation import ACTIONS, RANGES, draw
 
 PAIRS = [
@@ -34,20 +38,34 @@ def accuracies(scores: Scores) -> dict[tuple[str, str], tuple[float, float, floa
     return out
 
 
-def by_sector(scores: Scores, pair: tuple[str, str], seed: int = 0) -> dict[tuple[float, float], float]:
-    """How often the right one of a pair scores higher, by the camera's azimuth: degrees off straight ahead.
+def drawn(scores: Scores, part: str, seed: int = 0) -> Iterator[tuple[str, dict, Tensor]]:
+    """Each video's class, parameters and probabilities.
 
-    `scores` are of all test videos of the dataset that `seed` made.
+    `scores` are of all videos of `part` of the dataset that `seed` made.
     """
-    of_pair = [scores.classes.index(name) for name in pair]
     each = len(scores.labels) // len(scores.classes)  # in order of class and number
-    right = {cell: [] for cell in RANGES["azimuth"].cells("test")}
     for index, label, row in zip(scores.indices.tolist(), scores.labels.tolist(), scores.probabilities, strict=True):
-        if label in of_pair:
-            azimuth = abs(draw(seed, "test", scores.classes[label], index % each)["azimuth"][0])
+        yield scores.classes[label], draw(seed, part, scores.classes[label], index % each), row
+
+
+def by_sector(scores: Scores, pair: tuple[str, str]) -> dict[tuple[float, float], float]:
+    """How often the right one of a pair scores higher, by the test camera's azimuth: degrees off straight ahead."""
+    of_pair = [scores.classes.index(name) for name in pair]
+    right = {cell: [] for cell in RANGES["azimuth"].cells("test")}
+    for name, video, row in drawn(scores, "test"):
+        if name in pair:
+            azimuth = abs(video["azimuth"][0])
             (cell,) = (cell for cell in right if cell[0] <= azimuth <= cell[1])
-            right[cell].append(of_pair[row[of_pair].argmax()] == label)
+            right[cell].append(pair[row[of_pair].argmax()] == name)
     return {cell: statistics.mean(values) for cell, values in right.items()}
+
+
+def by_style(scores: Scores, part: str) -> dict[str, float]:
+    """Top-1 of the videos of each of the part's styles."""
+    right = {style: [] for style in STYLES[part]}
+    for name, video, row in drawn(scores, part):
+        right[video["look"]["style"]].append(scores.classes[row.argmax()] == name)
+    return {style: statistics.mean(values) for style, values in right.items()}
 
 
 def table(scores: Scores) -> str:
@@ -61,9 +79,12 @@ def table(scores: Scores) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("scores", type=Path)
-    scores = Scores.load(parser.parse_args().scores)
+    parser.add_argument("--part", default="test", choices=("test", "looks"), help="what they are of")
+    args = parser.parse_args()
+    scores = Scores.load(args.scores)
     print(table(scores))
-    for pair in PAIRS:
+    print(", ".join(f"{right:.1%} of {style}" for style, right in by_style(scores, args.part).items()))
+    for pair in PAIRS if args.part == "test" else ():
         seen = (f"{right:.1%} from {low:.0f}–{high:.0f}°" for (low, high), right in by_sector(scores, pair).items())
         print(f"{pair[0]}: {', '.join(seen)} off straight ahead")
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import statistics
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +21,7 @@ from ..runs import read_log
 from . import ship, warm_start
 from .ablation import COLUMNS
 from .join import join, share_right
-from .pairs import PAIRS, accuracies, by_sector, table
+from .pairs import PAIRS, accuracies, by_sector, by_style, drawn, table
 from .render import encode
 from .sheet import read
 from .variation import ACTIONS, CLASSES, FPS
@@ -73,17 +74,36 @@ def test_the_page_has_the_measured_table():
 
 
 def test_the_page_has_the_shipped_checkpoints_figures():
-    scores = Scores.load(ship.RESULTS / "mocap_test.safetensors")
-    assert table(scores) in PAGE
-    wrong = int((scores.probabilities.argmax(1) != scores.labels).sum())
-    assert f"{wrong} of {len(scores.labels)} are wrong" in PAGE
-    (side, behind) = by_sector(scores, ("walk", "walk_backwards")).items()
+    text, walks = " ".join(PAGE.split()), ("walk", "walk_backwards")
+    for part in ship.TESTS:
+        scores = Scores.load(ship.RESULTS / f"mocap_{part}.safetensors")
+        assert table(scores) in PAGE
+        taken_for = list(zip(scores.labels.tolist(), scores.probabilities.argmax(1).tolist(), strict=True))
+        wrong = sum(a != b for a, b in taken_for)
+        walk, backwards = map(scores.classes.index, walks)
+        turned = taken_for.count((walk, backwards)) + taken_for.count((backwards, walk))
+        assert (
+            f"{wrong} of {len(scores.labels)} are wrong, {turned} of them walking taken for walking backwards or the "
+            "other way round."
+        ) in text
+    styles = by_style(scores, "looks")
+    assert f"By style: {', '.join(f'{right:.1%} of {style}' for style, right in styles.items())}." in text
+    checks = {True: [], False: []}
+    for name, video, row in drawn(scores, "looks"):
+        if video["look"]["style"] == "checks":
+            checks[bool(video["look"]["occluders"])].append(scores.classes[row.argmax()] == name)
+    hidden, free = (f"{statistics.mean(right):.1%}" for right in checks.values())
+    assert f"{hidden} are right where something passes in front, {free} of the others" in text
+    jumps = taken_for.count((scores.classes.index("jump"), scores.classes.index("spinkick")))
+    assert f"{jumps} of the 40 jumps for spin kicks" in text
+    (side, behind) = by_sector(Scores.load(ship.RESULTS / "mocap_test.safetensors"), walks).items()
     assert (side[0], behind[0]) == ((70, 80), (120, 130))
-    assert f"seen from the side it is right in {side[1]:.1%}, obliquely from behind in {behind[1]:.1%}" in " ".join(
-        PAGE.split()
-    )
+    assert f"seen from the side it is right in {side[1]:.1%}, obliquely from behind in {behind[1]:.1%}" in text
     best = max(row["top1"] for row in read_log(ship.RESULTS / "mocap_val.csv"))
     assert f"validation videos ({best:.1%})" in PAGE
+    assert f"validation videos of other views and other styles at once ({best:.1%})" in " ".join(
+        ship.NOTES.read_text(encoding="utf-8").split()
+    )
 
 
 def test_the_shipped_card_has_the_notes():

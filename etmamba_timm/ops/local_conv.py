@@ -196,9 +196,9 @@ class _Gpu:
     """Launches of the GPU kernels. The parameters are three weights and three biases."""
 
     def __init__(self, x: Tensor, parameters: list[Tensor], t: int, h: int, w: int) -> None:
-        self.given: dict[str, Tensor | None] = {"x": x}
-        self.given.update((name, p.contiguous()) for name, p in zip(PARAMETERS, parameters, strict=True))
-        self.x, self.grid = x, (t, h, w)
+        self.parameters = {name: p.contiguous() for name, p in zip(PARAMETERS, parameters, strict=True)}
+        self.given: dict[str, Tensor | None] = {"x": x, **self.parameters}
+        self.grid = t, h, w
 
     def forward(self, residual: Tensor, out: Tensor) -> None:
         load_gpu.run(_plan, {**self.given, "residual": residual}, {"out": out}, *self.grid)
@@ -206,7 +206,7 @@ class _Gpu:
     def backward(self, dout: Tensor, dx: Tensor) -> list[Tensor]:
         batch, tokens, width = dx.shape
         dconv = dx.new_empty(batch, tokens, 3 * width)
-        gradients = {f"d{name}": torch.empty_like(self.given[name]) for name in PARAMETERS}
+        gradients = {f"d{name}": torch.empty_like(p) for name, p in self.parameters.items()}
         made = {"dx": dx, "dconv": dconv, **gradients}
         load_gpu.run(_backward_plan, {**self.given, "dout": dout}, made, *self.grid)
         return list(gradients.values())

@@ -33,7 +33,7 @@ class _Args(ctypes.Structure):  # must match kernels/gpu/scan.h
     ]
 
 
-_SEQUENCES = [name for name, kind in _Args._fields_ if kind is Strided]
+_SEQUENCES = [name for name, *kinds in _Args._fields_ if kinds == [Strided]]
 
 
 class _Cost(NamedTuple):
@@ -98,7 +98,7 @@ def forward(inputs: ScanInputs, reverse_from: int, out: Tensor, last_state: Tens
     # Each direction has an output of its own [G, B, D, L]: blocks of different directions can't wait for each other.
     directions = len(inputs.u)
     per_direction = _writable(out.unsqueeze(0)) if directions == 1 else _like(inputs.u)
-    made = {"out": per_direction, "last_state": last_state, "kept": kept}
+    made: dict[str, Tensor | None] = {"out": per_direction, "last_state": last_state, "kept": kept}
     _run("scan_forward.cu", "scan", inputs, reverse_from, {}, made)
     if directions == 2:
         torch.add(per_direction[0], per_direction[1], out=out)
@@ -120,7 +120,7 @@ def backward(
     sums = {name: A.new_empty(shape, dtype=torch.float32) for name, shape in shapes.items()}
     torch._foreach_zero_(list(sums.values()))  # one kernel
     dout = dout.expand_as(u)  # the same for all directions: their stride is 0
-    given = {"dout": _readable(dout), "kept": kept}
+    given: dict[str, Tensor | None] = {"dout": _readable(dout), "kept": kept}
     _run("scan_backward.cu", "scan_backward", inputs, reverse_from, given, {**written, **sums})
     for name, grad in wanted.items():
         if written[name] is not grad:

@@ -4,12 +4,14 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from timm.layers import resample_abs_pos_embed
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import on_gpu
 from .plain import plain_weights
 
 
+@register_notrace_module
 class PatchEmbed(nn.Module):
     """Cuts every frame into patches and projects them: a 3-D convolution of kernel and stride 1×p×p (paper 3.1)."""
 

@@ -23,12 +23,11 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: clip [B, C, T, H, W] -> patch embeddings [B, D, t, h, w]."""
-        weights = plain_weights(self.proj, nn.Conv3d)
-        if weights is None or not on_gpu(x):
-            return self.proj(x)
-        # As a product, which is several times as fast there.
-        weight, bias = weights
         p = self.patch_size
+        weights = plain_weights(self.proj, nn.Conv3d) if on_gpu(x) else None
+        if weights is None or weights[0].shape[1:] != (x.shape[1], 1, p, p) or self.proj.stride != (1, p, p):
+            return self.proj(x)
+        weight, bias = weights  # as a product, which should be several times as fast there
         patches = rearrange(x, "b c t (h p) (w q) -> b t h w (c p q)", p=p, q=p)
         return rearrange(F.linear(patches, weight.flatten(1), bias), "b t h w d -> b d t h w")
 

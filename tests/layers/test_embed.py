@@ -20,6 +20,13 @@ def test_the_product_on_a_gpu_is_the_convolution(monkeypatch):
     assert results[1][0].shape == (2, 10, 5, 2, 3)
 
 
+def test_another_convolution_is_called_on_a_gpu(monkeypatch):
+    embed, clip = PatchEmbed(4, 3, 10), torch.randn(1, 3, 4, 8, 8)
+    embed.proj = nn.Conv3d(3, 10, (2, 4, 4), stride=(2, 4, 4))
+    monkeypatch.setattr(load_gpu, "DEVICES", ("cpu",))
+    assert torch.equal(embed(clip), embed.proj(clip))
+
+
 def test_a_wrapped_convolution_is_called_on_a_gpu(monkeypatch):
     embed, clip, calls = PatchEmbed(4, 3, 10), torch.randn(1, 3, 2, 8, 8), []
     monkeypatch.setattr(load_gpu, "DEVICES", ("cpu",))

@@ -89,7 +89,7 @@ _ARGS = {
     **dict.fromkeys(("stem", "block"), _TEXT),
     "global_pool": _one_of(*POOLS),
     "img_size": _SIZE,
-    "folded": _BOOL,
+    **dict.fromkeys(("motion", "folded"), _BOOL),
 }
 _CARD = {
     **dict.fromkeys(("licence", "source", "notes"), _TEXT),

@@ -5,6 +5,7 @@ from .block import BiMambaBlock, EbsBlock
 from .ebs import Ebs
 from .embed import PatchEmbed, resample_spatial, resample_temporal, to_tokens
 from .fold import fold_weights
+from .motion import Motion
 from .norm import LayerNorm, RmsNorm
 from .recompute import Recomputing
 from .stcm import LocalBranch, StcmBlock
@@ -22,6 +23,7 @@ __all__ = [
     "EbsBlock",
     "LayerNorm",
     "LocalBranch",
+    "Motion",
     "PatchEmbed",
     "Recomputing",
     "RmsNorm",

@@ -13,7 +13,7 @@ from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
 
 from ..clip import Clip, Stride
-from ..layers import BLOCKS, STEMS, PatchEmbed, Recomputing, resample_spatial, resample_temporal, to_tokens
+from ..layers import BLOCKS, STEMS, Motion, PatchEmbed, Recomputing, resample_spatial, resample_temporal, to_tokens
 from ..words import number_of
 
 _logger = logging.getLogger(__name__)
@@ -50,6 +50,8 @@ class EtMamba(nn.Module):
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
         stem: 'stfp' or 'none'.
         block: 'stcm', 'ebs' or 'bimamba'.
+        motion: whether the stem sees luminance and its changes in time instead of colours, see `Motion`. Not the
+            paper's; it helps where a model learns from few clips.
         folded: whether to build the inference form; see `fold`.
         device, dtype: of the parameters.
 
@@ -80,6 +82,7 @@ class EtMamba(nn.Module):
         drop_path_rate: float = 0.1,
         stem: str = "stfp",
         block: str = "stcm",
+        motion: bool = False,
         folded: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -103,6 +106,8 @@ class EtMamba(nn.Module):
         _check_choice("stem", stem, STEMS)
         _check_choice("block", block, BLOCKS)
         stem_layer, block_layer = STEMS[stem], BLOCKS[block]
+        if motion and in_chans != 3:
+            raise ValueError(f"in_chans is {in_chans}; with motion=True it must be 3, for RGB")
 
         self._made_with: dict = {}
         self.stride: Stride = None
@@ -118,6 +123,7 @@ class EtMamba(nn.Module):
         if stem_layer is not None and in_chans == 1:
             _logger.warning("no %r stem with in_chans=1: its norm over a single channel would be constant", stem)
             stem_layer = None
+        self.motion = Motion() if motion else nn.Identity()
         self.stem = stem_layer(in_chans, **dd) if stem_layer else nn.Identity()
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, **dd)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim, **dd))
@@ -275,7 +281,7 @@ class EtMamba(nn.Module):
 
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         """Clip or image -> tokens [B, 1 + t·h·w, D] in at least float32 (the residual stream), grid (t, h, w)."""
-        x = self.stem(as_clip(x, self.in_chans, self.patch_size))
+        x = self.stem(self.motion(as_clip(x, self.in_chans, self.patch_size)))
         return clip_tokens(
             self.patch_embed(x), self.cls_token, self.pos_embed, self.temporal_pos_embedding, self.grid_size
         )

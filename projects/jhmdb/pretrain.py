@@ -84,7 +84,7 @@ class Masked(nn.Module):
         order = torch.rand(len(clips), height * width).argsort(1)  # on the CPU, whose generator is seeded
         mask = (order < round(MASKED * height * width)).view(-1, 1, 1, height, width).to(clips.device)
         pixels = mask.repeat_interleave(side, 3).repeat_interleave(side, 4)
-        embedded = model.patch_embed(model.stem(clips.masked_fill(pixels, 0.0)))  # [B, D, T, h, w]
+        embedded = model.patch_embed(model.stem(model.motion(clips.masked_fill(pixels, 0.0))))  # [B, D, T, h, w]
         embedded = torch.where(mask, self.mask_token.view(1, -1, 1, 1, 1).to(embedded.dtype), embedded)
         positions = model.cls_token, model.pos_embed, model.temporal_pos_embedding, model.grid_size
         tokens, grid = clip_tokens(embedded, *positions)

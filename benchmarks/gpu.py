@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from gpu_bench import OPTIONAL, REHEARSAL, Bench, Task
-from gpu_models import compiled_tasks, model_tasks, profile_tasks, training_tasks
+from gpu_models import compiled_tasks, model_tasks, profile_tasks, replayed_tasks, training_tasks
 from gpu_operators import check, convolution_tasks, scan_tasks, segment_tasks
 
 PARTS = {
@@ -20,6 +20,7 @@ PARTS = {
     "convolutions": convolution_tasks,
     "models": model_tasks,
     "training": training_tasks,
+    "replayed": replayed_tasks,
     "profile": profile_tasks,
     "segments": segment_tasks,
     "compiled": compiled_tasks,

@@ -111,6 +111,16 @@ def training_tasks(bench: Bench) -> list[Task]:
     return _tasks(bench, TRAINING, "a training step of", run, 3)
 
 
+def replayed_tasks(bench: Bench) -> list[Task]:
+    def run(name: str) -> None:
+        case = _CASE.format(_batch(bench))
+        timed = bench.time(_step(name, bench, is_replayed=True))
+        note = "both passes replayed as CUDA graphs"
+        bench.record(f"{name}, replayed", case, "bfloat16", (name, case, "bfloat16"), **timed, note=note)
+
+    return _tasks(bench, ("etmamba_m", "etmamba_ti"), "a replayed training step of", run, 4)
+
+
 _CASE = "forward + backward, batch {}"
 
 
@@ -118,8 +128,11 @@ def _batch(bench: Bench) -> int:
     return 2 if bench.tiny else 8
 
 
-def _step(name: str, bench: Bench):
+def _step(name: str, bench: Bench, is_replayed: bool = False):
     model, x = make(name, bench).train(), clips(name, _batch(bench), bench)
+    if is_replayed and bench.on_gpu:
+        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+            model = torch.cuda.make_graphed_callables(model, (x,), allow_unused_input=True)
     labels = torch.zeros(len(x), dtype=torch.long, device=bench.device)
     return lambda: step(model, x, labels, torch.bfloat16)
 

@@ -17,7 +17,7 @@ from etmamba_timm.data import find_layout, read_dataset, read_frames
 from etmamba_timm.ops.kernels import build_gpu, load_cpu
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-PARTS = {"copies", "scan", "convolutions", "models", "training", "profile", "compiled"}
+PARTS = {"copies", "scan", "convolutions", "models", "training", "replayed", "profile", "compiled"}
 
 
 @pytest.fixture

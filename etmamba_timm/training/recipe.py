@@ -70,6 +70,8 @@ class Recipe:
         grad_checkpointing: whether blocks recompute their activations in the backward pass, to save memory; a number n
             for every n-th block alone.
         compile: whether to run the model through `torch.compile`, which takes minutes at the start and is faster then.
+        cuda_graphs: whether to replay the steps of a run on one GPU as CUDA graphs, so that small batches don't wait
+            for Python to start each kernel. It keeps a batch's memory during evaluations too.
         freeze_backbone: whether to train only the classifier, and the pooling of model_args={global_pool: map}.
         teacher: a model whose class probabilities and features are learnt (see `load_teacher`), or a file or folder of
             probabilities that `etmamba teach` wrote; '' for none.
@@ -125,6 +127,7 @@ class Recipe:
     precision: str = "bf16"
     grad_checkpointing: int = 0
     compile: bool = False
+    cuda_graphs: bool = True
     freeze_backbone: bool = False
     teacher: str = ""
     teacher_weight: float = 0.5

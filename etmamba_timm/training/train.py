@@ -41,6 +41,7 @@ from ..words import number_of
 from .card import run_card
 from .distill import Distillation, named_as
 from .evaluate import METRICS, MULTILABEL_METRICS, Scores, evaluate
+from .graph import replay_steps
 from .loading import batches, datasets
 from .optimizer import average, head_of, new_optimizer, new_scheduler, step_if
 from .progress import Pace, Progress, Timer
@@ -159,6 +160,7 @@ class _Training:
         self.scheduler = new_scheduler(recipe, optimizer, self.epoch_updates, accelerator.num_processes)
         self.ema = ModelEmaV3(model.to(accelerator.device), recipe.ema, use_warmup=True) if recipe.ema else None
         self.mixup, self.criterion = _criterion(recipe, self.eval_model)
+        replay_steps(model.to(accelerator.device), recipe, accelerator, DTYPES[recipe.precision])
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         if recipe.compile:  # in place, so that names of weights don't change
             self.model.compile()
@@ -479,8 +481,10 @@ def _check(recipe: Recipe, train_set: Annotations, val_set: Annotations, acceler
 def _identity(recipe: Recipe, train_set: Annotations, val_set: Annotations, accelerator: Accelerator) -> dict:
     """Everything that must be the same to resume a run."""
     several = {"multilabel": True} if train_set.is_multilabel else {}  # runs of earlier versions don't say
+    settings = asdict(recipe)
+    del settings["cuda_graphs"]  # the weights are the same up to rounding
     return {
-        **asdict(recipe),
+        **settings,
         **several,
         "processes": accelerator.num_processes,
         "classes": train_set.classes,

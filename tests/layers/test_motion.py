@@ -1,0 +1,64 @@
+"""What a model with `motion=True` sees, and that it doesn't see colours."""
+
+import pytest
+import timm
+import torch
+
+import etmamba_timm  # registers the models  # noqa: F401
+from etmamba_timm.checkpoints.save import save_checkpoint
+from etmamba_timm.layers import Motion
+from etmamba_timm.layers.motion import CHANGE, GREY
+
+SMALL = {"img_size": 32, "num_frames": 3, "embed_dim": 16, "depth": 1, "num_classes": 4}
+
+
+def test_channels_are_luminance_and_its_changes_to_either_side():
+    clip = torch.randn(2, 3, 4, 5, 6)
+    grey, after, before = Motion()(clip).unbind(1)
+    wanted = clip.mean(1)
+    torch.testing.assert_close(grey, GREY * wanted)
+    torch.testing.assert_close(after[:, :-1], CHANGE * wanted.diff(dim=1))
+    torch.testing.assert_close(before[:, 1:], CHANGE * wanted.diff(dim=1))
+    assert not after[:, -1].any()
+    assert not before[:, 0].any()
+
+
+def test_a_still_has_no_motion():
+    channels = Motion()(torch.randn(1, 3, 1, 4, 4).expand(-1, -1, 5, -1, -1))
+    assert channels[:, 0].any()
+    assert not channels[:, 1:].any()
+
+
+def test_the_model_sees_no_colours():
+    torch.manual_seed(0)
+    model = timm.create_model("etmamba_ti", motion=True, **SMALL).eval()
+    clip = torch.randn(1, 3, 3, 32, 32)
+    logits = model(clip)
+    torch.testing.assert_close(model(clip.roll(1, 1)), logits)  # the mean of the channels is the same
+    assert model(clip[:, :, 0]).shape == (1, 4)  # an image is a clip of one frame
+
+
+def test_it_is_saved_with_the_model(tmp_path):
+    model = timm.create_model("etmamba_ti", motion=True, **SMALL).eval()
+    save_checkpoint(model, tmp_path / "saved")
+    clip = torch.randn(1, 3, 3, 32, 32)
+    for name, kwargs in (
+        (f"local-dir:{tmp_path / 'saved'}", {}),
+        ("etmamba_ti", {"pretrained_cfg_overlay": {"file": str(tmp_path / "saved" / "model.safetensors")}}),
+    ):
+        loaded = timm.create_model(name, pretrained=True, **kwargs).eval()
+        assert isinstance(loaded.motion, Motion)
+        assert torch.equal(loaded(clip), model(clip))
+
+
+def test_weights_for_colours_can_start_it(tmp_path):
+    save_checkpoint(timm.create_model("etmamba_ti", **SMALL), tmp_path / "saved")
+    model = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True, motion=True)
+    assert isinstance(model.motion, Motion)
+    assert model._model_args["motion"]
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_it_needs_colours_to_begin_with(channels):
+    with pytest.raises(ValueError, match=f"in_chans is {channels}; with motion=True it must be 3, for RGB"):
+        timm.create_model("etmamba_ti", motion=True, in_chans=channels, **SMALL)

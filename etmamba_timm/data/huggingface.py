@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .annotations import AnnotationError, Annotations, classes_of, from_rows
 from .embedded import EmbeddedVideo, VideoFile
@@ -25,7 +25,8 @@ def read_huggingface(
     Args:
         dataset: one split, not streamed.
         video: its column of the type `Video`.
-        label: its column of classes: `ClassLabel`, whole numbers, or names.
+        label: its column of classes: `ClassLabel`, whole numbers, or names; or lists of these, for videos with several
+            labels.
         classes: names of the classes; by default those of `ClassLabel`, or the labels in alphabetical order.
 
     Raises:
@@ -41,8 +42,7 @@ def read_huggingface(
             f"{source} has the columns {kinds}; wanted {video!r} of the type Video, and {label!r}: name them, and make "
             "one of paths a Video by cast_column"
         )
-    own = dataset.features[label]
-    classes = classes or (list(own.names) if kinds[label] == "ClassLabel" else None)
+    classes = classes or _names(dataset.features[label])
     videos = _videos(dataset.select_columns(video).with_format("arrow"))
     return from_rows(
         list(zip(videos, labels_of(dataset, label), strict=True)),
@@ -53,15 +53,21 @@ def read_huggingface(
     )
 
 
-def labels_of(dataset: datasets.Dataset, label: str) -> list[str]:
-    """The label of each row: the name from `ClassLabel`, or the value as text."""
-    feature = dataset.features[label]
+def labels_of(dataset: datasets.Dataset, label: str) -> list[str | tuple[str, ...]]:
+    """The label of each row, or a tuple of its labels: the names from `ClassLabel`, or the values as text."""
     values = dataset.select_columns(label).with_format(None)[:][label]
-    names = feature.names if type(feature).__name__ == "ClassLabel" else None
+    names = _names(dataset.features[label])
     for row, value in enumerate(values):
-        if value is None or (isinstance(value, int) and value < 0):
-            raise AnnotationError(f"row {row} has the label {value}: it isn't labelled; leave such rows out by filter")
-    return [str(names[value] if names else value) for value in values]
+        for one in value if isinstance(value, list) else [value]:
+            if one is None or (isinstance(one, int) and one < 0):
+                raise AnnotationError(
+                    f"row {row} has the label {value}: it isn't labelled; leave such rows out by filter"
+                )
+
+    def named(value: int | str) -> str:
+        return str(names[int(value)] if names else value)
+
+    return [tuple(map(named, value)) if isinstance(value, list) else named(value) for value in values]
 
 
 def load_huggingface(root: str | Path) -> dict[str, datasets.Dataset]:
@@ -84,10 +90,13 @@ def load_huggingface(root: str | Path) -> dict[str, datasets.Dataset]:
 
 def classes_in(dataset: datasets.Dataset, label: str = "label") -> list[str]:
     """The classes of a split, in the order of their numbers."""
-    feature = dataset.features.get(label)
-    if type(feature).__name__ == "ClassLabel":
-        return list(feature.names)
-    return classes_of([(None, name) for name in labels_of(dataset, label)])
+    return _names(dataset.features.get(label)) or classes_of([(None, found) for found in labels_of(dataset, label)])
+
+
+def _names(feature: Any) -> list[str] | None:
+    """The names of a `ClassLabel`, or of a list of them."""
+    names = getattr(getattr(feature, "feature", feature), "names", None)
+    return list(names) if names else None
 
 
 def _videos(rows: datasets.Dataset) -> list[VideoFile]:

@@ -164,6 +164,23 @@ def test_labels_that_are_no_classlabel(files, labels, classes, numbered):
     assert read.classes == (classes or [str(i) for i in range(8)])
 
 
+@pytest.mark.parametrize("names", [("sit", "run"), None])
+def test_several_labels(names, files, cache, tmp_path):
+    labels = [[1, 0], [], [1]] if names else [["run", "sit"], [], ["run"]]
+    made = datasets.Dataset.from_dict({"video": [str(path) for path in files], "label": labels})
+    made = made.cast_column("video", datasets.Video())
+    if names:
+        made = made.cast_column("label", datasets.Sequence(datasets.ClassLabel(names=list(names))))
+    found = read_huggingface(made)
+    assert found.is_multilabel
+    named = [{found.classes[i] for i in label} for _, label in found.samples]
+    assert named == [{"run", "sit"}, set(), {"run"}]
+    datasets.DatasetDict(train=made, validation=made.select([2])).save_to_disk(tmp_path / "saved")
+    other = read_dataset("huggingface", tmp_path / "saved", "val")
+    assert other.classes == found.classes == (list(names) if names else ["run", "sit"])
+    assert other.samples[0][1] == (found.classes.index("run"),)
+
+
 def test_other_parts_are_numbered_as_train(dataset, files, tmp_path):
     train = of([str(path) for path in files], ["sit", "run", "jump"], None)
     datasets.DatasetDict({"train": train, "test": train.select([0])}).save_to_disk(tmp_path / "saved")

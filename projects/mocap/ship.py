@@ -9,31 +9,23 @@ to benchmarks/results, as does the validation's log.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import timm
-import torch
 
-from etmamba_timm.checkpoints.card import model_card
-from etmamba_timm.checkpoints.publish import check_folder
-from etmamba_timm.checkpoints.save import save_checkpoint
 from etmamba_timm.training.evaluate import Scores
 from etmamba_timm.training.recipe import load_recipe
-from etmamba_timm.training.run_folder import MODEL, RECIPE_FILE, VAL_LOG
+from etmamba_timm.training.run_folder import RECIPE_FILE, VAL_LOG
 
 from ..runs import about, tested
+from ..shipping import RESULTS, ROOT, WEIGHTS, enter, save
 from .pairs import accuracies
 from .variation import CLASSES
 
-ROOT = Path(__file__).parents[2]
 NAME = "etmamba_ti.mocap"
-WEIGHTS = ROOT / "weights"
-RESULTS = ROOT / "benchmarks" / "results"
 IMAGES = ROOT / "docs" / "images"
 VIDEOS = ROOT / "tests" / "mocap" / "test"  # of the test part, so many of each class
 EACH = 5
@@ -64,34 +56,6 @@ def card(run: Path, tests: dict[str, Scores]) -> dict:
         "figures": figures,
         "notes": NOTES.read_text(encoding="utf-8").strip(),
     }
-
-
-def save(run: Path, folder: Path, tests: dict[str, Scores]) -> None:
-    """Replaces the folder by the run's model in half precision."""
-    model = timm.create_model(f"local-dir:{run / MODEL}", pretrained=True)
-    params = sum(p.numel() for p in model.parameters())
-    shutil.rmtree(folder, ignore_errors=True)
-    save_checkpoint(
-        model,
-        folder,
-        dtype=torch.float16,
-        card=card(run, tests),
-        readme=lambda config: model_card(NAME, config, params, "float16", NAME),
-    )
-
-
-def enter(folder: Path) -> None:
-    """Replaces the checkpoint's entry in the manifest."""
-    found = check_folder(folder)
-    entry = found.manifest_entry("none") | {"status": "local", "source": {"folder": folder.name}}
-    entry |= {"trained_on": DATASET, "figures": [f for f in entry["figures"] if f["metric"] == "top-1"]}
-    file = WEIGHTS / "manifest.json"
-    text = file.read_text(encoding="utf-8")
-    if next(reversed(json.loads(text))) != NAME and NAME in json.loads(text):
-        raise ValueError(f"{file}: move {NAME}'s entry to the end")
-    before, _, _ = text.rstrip().removesuffix("}").rstrip().partition(f',\n  "{NAME}"')
-    lines = ",\n".join(f"    {json.dumps(key)}: {json.dumps(value)}" for key, value in entry.items())
-    file.write_text(f'{before},\n  "{NAME}": {{\n{lines}\n  }}\n}}\n', encoding="utf-8")
 
 
 def test_videos(data: Path) -> dict[str, list[Path]]:
@@ -130,17 +94,17 @@ def main() -> None:
     args = parser.parse_args()
     folder, videos = WEIGHTS / NAME, test_videos(args.data)
     with tempfile.TemporaryDirectory() as draft:
-        save(args.run, Path(draft, NAME), {})
+        save(args.run, Path(draft, NAME), card(args.run, {}))
         model = f"local-dir:{Path(draft, NAME)}"
         tests = {
             name: tested(model, args.data / where, args.run / f"{name}.safetensors")
             for name, (_, where) in TESTS.items()
         }
-    save(args.run, folder, tests)
+    save(args.run, folder, card(args.run, tests))
     for name, scores in tests.items():
         scores.save(RESULTS / f"mocap_{name}.safetensors")
     shutil.copy(args.run / VAL_LOG, RESULTS / "mocap_val.csv")
-    enter(folder)
+    enter(folder, DATASET)
     copy_videos(videos)
 
 

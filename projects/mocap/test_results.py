@@ -157,12 +157,11 @@ def test_share_of_the_time_that_is_right(tmp_path):
     assert share_right([(0.0, "kick"), (2.0, "walk")], file) == pytest.approx((1.5 + 1) / 4)
 
 
-def test_shipping_a_run_twice_leaves_one_entry(tmp_path, monkeypatch):
+def test_shipping_a_run_twice_leaves_one_entry(tmp_path):
     run, weights = tmp_path / "run", tmp_path / "weights"
     weights.mkdir()
-    before = '{\n  "one": {"status": "published"}\n}\n'
+    before = json.dumps({"one": {"status": "published"}, ship.NAME: {"old": 1}, "two": {"a": 0}}, indent=2)
     (weights / "manifest.json").write_text(before)
-    monkeypatch.setattr(ship, "WEIGHTS", weights)
     model = timm.create_model("etmamba_ti", num_classes=20, num_frames=8, img_size=32, depth=1, embed_dim=32)
     save_checkpoint(model, run / "model", label_names=list(CLASSES), stride="spread")
     (run / RECIPE_FILE).write_text(load_recipe(ship.ROOT / "projects" / "mocap" / "recipe.yaml").to_yaml())
@@ -170,10 +169,10 @@ def test_shipping_a_run_twice_leaves_one_entry(tmp_path, monkeypatch):
     everything = scores({name: [(name, "kick" if name != "kick" else "walk")] for name in CLASSES})
     folder = weights / ship.NAME
     for _ in range(2):
-        ship.save(run, folder, {"test": everything, "looks": everything})
-        ship.enter(folder)
+        ship.save(run, folder, ship.card(run, {"test": everything, "looks": everything}))
+        ship.enter(folder, ship.DATASET, file=weights / "manifest.json")
     manifest = json.loads((weights / "manifest.json").read_text())
-    assert list(manifest) == ["one", ship.NAME]
+    assert list(manifest) == ["one", "two", ship.NAME]
     assert "on 6,000 videos" in (folder / "README.md").read_text()
     assert "- processes: 2\n" in (folder / "README.md").read_text()
     for figure, kind in zip(manifest[ship.NAME]["figures"], ("views", "looks"), strict=True):

@@ -43,4 +43,8 @@ def enter(folder: Path, trained_on: str, started_from: str | None = None, file: 
     before, found, old = file.read_text(encoding="utf-8").rstrip().partition(f',\n  "{folder.name}": {{')
     after = old.partition("\n  }")[2] if found else ""
     text = (before + after).removesuffix("}").rstrip()
-    file.write_text(f'{text},\n  "{folder.name}": {{\n{lines}\n  }}\n}}\n', encoding="utf-8")
+    text = f'{text},\n  "{folder.name}": {{\n{lines}\n  }}\n}}\n'
+    wanted = json.loads(file.read_text(encoding="utf-8")) | {folder.name: entry}
+    if json.loads(text) != wanted:
+        raise ValueError(f"{file}: write {folder.name}'s entry by hand; its place isn't found")
+    file.write_text(text, encoding="utf-8")

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..layers import fold_weights, resample_spatial, resample_temporal
+from ..layers.motion import SCALE
 from ..models import VARIANTS, EtMamba
 from ..words import number_of
 from .errors import CheckpointError
-from .read import POSITIONS, TIMES, LoadedCheckpoint, architecture_of, nearest_variant, variant_of
+from .read import MOTION, POSITIONS, TIMES, LoadedCheckpoint, architecture_of, nearest_variant, variant_of
 from .remap import PATCH
 
 _logger = logging.getLogger(__name__)
@@ -50,6 +51,8 @@ def arguments_for(checkpoint: LoadedCheckpoint, variant: str, given: Mapping) ->
         out["folded"] = True
     if checkpoint.has_pool:
         out["global_pool"] = "map"
+    if checkpoint.has_motion:
+        out["motion"] = True
     return {key: value for key, value in out.items() if key not in given}
 
 
@@ -59,7 +62,8 @@ def fit(checkpoint: LoadedCheckpoint, model: EtMamba) -> dict[str, Tensor]:
     Positions are resampled to the model's pictures and frames; an image checkpoint has no temporal ones, so the
     model's own stay, as in VideoMamba. Patch weight and stem are adapted to other channels. A folded model folds a
     checkpoint that isn't. A classifier for another number of classes is left out, and so is a stem that one side lacks
-    for its single channel, and an attention pooling that one side lacks; the model's own stay, which is logged.
+    for its single channel, and an attention pooling that one side lacks; the model's own stay, which is logged. So is
+    it if weights for colours go into a model that sees motion, or the other way round.
 
     The picture that positions are resampled from is the one the checkpoint states, else the model's own where the
     number of positions is the same, else a square.
@@ -102,6 +106,10 @@ def fit(checkpoint: LoadedCheckpoint, model: EtMamba) -> dict[str, Tensor]:
         _logger.warning("the attention pooling is fresh: the checkpoint has none")
     elif checkpoint.has_pool and not pool:
         _logger.warning("the checkpoint's attention pooling is left out: global_pool is %r", model.global_pool)
+    if checkpoint.has_motion != (MOTION in own):
+        out |= {MOTION: torch.tensor(SCALE)}
+        words = ("motion", "colours") if checkpoint.has_motion else ("colours", "motion")
+        _logger.warning("the weights are for %s, the model sees %s: it has to be trained before use", *words)
     return {key: out[key] for key in own}
 
 

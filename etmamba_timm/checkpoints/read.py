@@ -20,6 +20,7 @@ from .remap import PATCH, find_weights
 BINARY_FILE = "pytorch_model.bin"  # timm's other name for the weights of a Hub folder
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 POSITIONS, TIMES, HEAD, POOL = "pos_embed", "temporal_pos_embedding", "head.weight", "attn_pool.latent"
+MOTION = "motion.scale"
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ class LoadedCheckpoint:
     def has_pool(self) -> bool:
         """Whether there is an attention pooling, global_pool='map'."""
         return POOL in self.tensors
+
+    @property
+    def has_motion(self) -> bool:
+        """Whether the weights are for motion instead of colours, motion=True."""
+        return MOTION in self.tensors
 
     @property
     def name(self) -> str:
@@ -199,6 +205,7 @@ def _describe(raw: object, source: str, config: HubConfig | None) -> LoadedCheck
     variant = nearest_variant(architecture)[0]
     if config is not None:
         facts = architecture | {"folded": folded, "num_frames": num_frames, "num_classes": num_classes}
+        facts["motion"] = MOTION in weights
         if POOL in weights or config.model_args.get("global_pool") == "map":
             facts["global_pool"] = "map" if POOL in weights else "token"
         _check_config(config, facts)
@@ -230,10 +237,8 @@ def _check_complete(
         raise CheckpointError(f"{POSITIONS} {tuple(weights[POSITIONS].shape)}, {PATCH} {tuple(weights[PATCH].shape)}")
     size = (patch, positions * patch)  # any grid of so many patches has the same shapes
     one_block = architecture | {"depth": 1}  # the others have the same shapes
-    pool = "map" if POOL in weights else "token"
-    model = EtMamba(
-        size, num_frames, num_classes=num_classes, global_pool=pool, folded=folded, device="meta", **one_block
-    )
+    one_block |= {"global_pool": "map" if POOL in weights else "token", "motion": MOTION in weights}
+    model = EtMamba(size, num_frames, num_classes=num_classes, folded=folded, device="meta", **one_block)
     wanted = {
         key.replace("blocks.0.", f"blocks.{i}."): tuple(value.shape)
         for key, value in model.state_dict().items()

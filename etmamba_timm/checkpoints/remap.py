@@ -15,7 +15,7 @@ _logger = logging.getLogger(__name__)
 PATCH = "patch_embed.proj.weight"  # every model here has it: what stands before it is a prefix
 # The top-level names of a model's state dict; VideoMamba's own names for two of them.
 PARTS = (
-    *("stem", "patch_embed", "cls_token", "pos_embed", "temporal_pos_embedding"),
+    *("motion", "stem", "patch_embed", "cls_token", "pos_embed", "temporal_pos_embedding"),
     *("blocks", "norm", "attn_pool", "head"),
 )
 VIDEOMAMBA = {"layers": "blocks", "norm_f": "norm"}

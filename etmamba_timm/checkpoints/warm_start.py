@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import BiMamba, BiMambaBlock, Ebs, EbsBlock, StcmBlock
+from ..layers import BiMamba, BiMambaBlock, Ebs, EbsBlock, Motion, StcmBlock
 from ..layers.ssm import conv_silu, ssm
 from ..models import VARIANTS, EtMamba
 from ..ops import selective_scan
@@ -189,6 +189,7 @@ def _videomamba(source: LoadedCheckpoint, model: EtMamba) -> EtMamba:
         source.num_classes,
         stem=found["stem"],
         block="bimamba",
+        motion=isinstance(model.motion, Motion),
         device="meta",
         **{key: found[key] for key in SHARED},
     )

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import datasets
 
 AT_ONCE = 1000  # rows read at a time
+_LISTS = "give lists of numbers or names, as by map: [i for i, value in enumerate(row) if value]"
 
 
 def read_huggingface(
@@ -63,6 +64,11 @@ def labels_of(dataset: datasets.Dataset, label: str) -> list[str | tuple[str, ..
                 raise AnnotationError(
                     f"row {row} has the label {value}: it isn't labelled; leave such rows out by filter"
                 )
+            if isinstance(value, list) and (isinstance(one, bool) or not isinstance(one, (int, str))):
+                raise AnnotationError(f"row {row} has the labels {value}; {_LISTS}")
+    lengths = {len(value) if isinstance(value, list) else 0 for value in values}
+    if not names and len(lengths) == 1 and max(lengths) > 1 and {one for value in values for one in value} <= {0, 1}:
+        raise AnnotationError(f"rows have labels such as {values[0]}, ones and zeros for each class; {_LISTS}")
 
     def named(value: int | str) -> str:
         return str(names[int(value)] if names else value)

@@ -106,6 +106,8 @@ class EtMamba(nn.Module):
         _check_choice("stem", stem, STEMS)
         _check_choice("block", block, BLOCKS)
         stem_layer, block_layer = STEMS[stem], BLOCKS[block]
+        if not isinstance(motion, bool):
+            raise ValueError(f"motion is {motion!r}; it must be True or False")
         if motion and in_chans != 3:
             raise ValueError(f"in_chans is {in_chans}; with motion=True it must be 3, for RGB")
 
@@ -123,7 +125,7 @@ class EtMamba(nn.Module):
         if stem_layer is not None and in_chans == 1:
             _logger.warning("no %r stem with in_chans=1: its norm over a single channel would be constant", stem)
             stem_layer = None
-        self.motion = Motion() if motion else nn.Identity()
+        self.motion = Motion(**dd) if motion else nn.Identity()
         self.stem = stem_layer(in_chans, **dd) if stem_layer else nn.Identity()
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, **dd)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim, **dd))

@@ -3,12 +3,17 @@
 import logging
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 
+from ..checkpoints.errors import first_line
 from ..models import EtMamba
 from .recipe import Recipe
 
 _logger = logging.getLogger(__name__)
+
+
+class RecordingError(RuntimeError):
+    """The steps of a run can't be recorded; the message says what to do."""
 
 
 def replay_steps(model: EtMamba, recipe: Recipe, accelerator: Accelerator, dtype: torch.dtype | None) -> bool:
@@ -24,8 +29,11 @@ def replay_steps(model: EtMamba, recipe: Recipe, accelerator: Accelerator, dtype
         dtype: of autocast, or None.
 
     Returns: whether the model replays.
+
+    Raises:
+        RecordingError: something in the model can't be recorded, or there isn't enough memory.
     """
-    is_alone = accelerator.device.type == "cuda" and accelerator.num_processes == 1
+    is_alone = accelerator.device.type == "cuda" and accelerator.distributed_type == DistributedType.NO
     is_whole = not (recipe.freeze_backbone or recipe.feature_weight or recipe.grad_checkpointing)
     if not (recipe.cuda_graphs and is_alone and is_whole and recipe.accumulate == 1 and not recipe.compile):
         return False
@@ -37,8 +45,10 @@ def replay_steps(model: EtMamba, recipe: Recipe, accelerator: Accelerator, dtype
         # Without a cache: weights cast while recording would stay as they are then.
         with torch.autocast("cuda", dtype, enabled=dtype is not None, cache_enabled=False):
             torch.cuda.make_graphed_callables(model.train(), (clips,), allow_unused_input=True)
-    except RuntimeError as error:
-        _logger.warning("steps can't be recorded as CUDA graphs (%s); they run slower, kernel by kernel", error)
-        return False
+    except (AssertionError, RuntimeError) as error:  # after which PyTorch's random numbers may be of no more use
+        raise RecordingError(
+            f"the steps can't be recorded as CUDA graphs ({first_line(error)}); start again with cuda_graphs=false, "
+            "which runs them kernel by kernel, or with a smaller batch_size if memory was too small"
+        ) from error
     _logger.info("training steps are replayed as CUDA graphs")
     return True

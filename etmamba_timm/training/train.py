@@ -92,6 +92,7 @@ def train(
     Raises:
         RunError: the folder contains something else.
         TrainingError: too few videos, incompatible settings, gradients that stay infinite, or a full disk.
+        RecordingError: the steps can't be recorded as CUDA graphs.
         ValueError: an unknown tracker, or one that isn't installed.
     """
     check_trackers(trackers)

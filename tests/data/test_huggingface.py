@@ -181,6 +181,23 @@ def test_several_labels(names, files, cache, tmp_path):
     assert other.samples[0][1] == (found.classes.index("run"),)
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (
+            [[0, 1, 0], [1, 0, 0], [1, 1, 0]],
+            r"labels such as \[0, 1, 0\], ones and zeros for each class; give lists of",
+        ),
+        ([[True, False], [True, True], [False, False]], r"row 0 has the labels \[True, False\]; give lists of"),
+        ([[0.0, 1.0], [], []], r"row 0 has the labels \[0.0, 1.0\]; give lists of"),
+        ([[["run"]], [], []], r"row 0 has the labels \[\['run'\]\]; give lists of"),
+    ],
+)
+def test_lists_that_hold_no_labels(labels, message, files, cache):
+    with pytest.raises(AnnotationError, match=message):
+        read_huggingface(of([str(path) for path in files], labels, None))
+
+
 def test_other_parts_are_numbered_as_train(dataset, files, tmp_path):
     train = of([str(path) for path in files], ["sit", "run", "jump"], None)
     datasets.DatasetDict({"train": train, "test": train.select([0])}).save_to_disk(tmp_path / "saved")

@@ -275,7 +275,10 @@ def _create(name: str, **kwargs: Any) -> EtMamba:
         read_config(fetch(where, CONFIG_FILE).parent)
     elif kind == "local-dir" and read_config(where) is None:
         inner = Path(where, "model")  # of a run
-        remedy = f"name {inner}" if (inner / CONFIG_FILE).exists() else "name a folder that `etmamba convert` made"
+        if not Path(where).is_dir():
+            raise FileNotFoundError(f"there is no folder {where}; name one that `etmamba train` or `convert` made")
+        made = "name a folder that `etmamba train` (RUN/model) or `etmamba convert` made"
+        remedy = f"name {inner}" if (inner / CONFIG_FILE).exists() else made
         raise FileNotFoundError(f"{where} contains no config.json; {remedy}")
     model = timm.create_model(name, **kwargs)
     assert isinstance(model, EtMamba)  # config.json and the name were checked

@@ -47,4 +47,6 @@ def crop(frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python onnx_predict.py MODEL.onnx VIDEO")
     main(*sys.argv[1:])

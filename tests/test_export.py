@@ -49,6 +49,15 @@ def exported(tmp_path_factory) -> tuple[Path, Path]:
     return folder / "model", folder / "small.onnx"
 
 
+def test_info_shows_what_a_file_says_of_itself(exported, capsys):
+    assert main(["info", str(exported[1])]) == 0
+    shown = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    assert shown["classes"].strip() == "jump, run, sit, stand, walk"
+    assert shown["clip C×T×H×W"].strip() == "3×2×32×32, frames 3 apart"
+    assert main(["info", str(exported[1]), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["labels"] == ["jump", "run", "sit", "stand", "walk"]
+
+
 def clips(batch: int, frames: int = 2) -> torch.Tensor:
     return torch.randn(batch, 3, frames, 32, 32, generator=torch.Generator().manual_seed(batch))
 

@@ -2,16 +2,19 @@
 
 import argparse
 import json
-import os
+import sys
 from pathlib import Path
 
 from .options import DTYPES, positive, stride
+
+EXPORTED = (".onnx", ".xml", ".pt2")  # suffixes of `etmamba export`
+CHECKED = {"random": "random clips", "video": "the sample video"}  # by the names of `export_model`'s result
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Adds the parsers of this module's commands."""
     info = commands.add_parser("info", help="list the models, or show one's parameters and multiply-adds")
-    text = "a model's name, hf-hub:ORG/NAME or local-dir:FOLDER (default: all models of the package)"
+    text = "a model's name, hf-hub:ORG/NAME, local-dir:FOLDER or an exported file (default: all models of the package)"
     info.add_argument("model", nargs="?", metavar="MODEL", help=text)
     info.add_argument("--checkpoint", type=Path, help="weights of the model: .safetensors or .pth")
     info.add_argument("--num-frames", type=positive, metavar="T", help="frames of the clip (default: the model's)")
@@ -91,6 +94,7 @@ def _info(args: argparse.Namespace) -> int:
         return 0
     if args.backends:
         from ..ops import scan_backends
+        from ..ops.scan.selective_scan import preferred_backend
 
         backends = scan_backends()
         if args.json:
@@ -100,14 +104,18 @@ def _info(args: argparse.Namespace) -> int:
             print(
                 "\nFastest first. The kernels of 'gpu' and 'cpu' also run the convolutions of STFP and of the blocks."
             )
-            preferred = os.environ.get("ETMAMBA_SCAN")
+            preferred = preferred_backend()
             now = f"ETMAMBA_SCAN={preferred} is" if preferred else "Set ETMAMBA_SCAN to a name to have it"
             print(f"{now} tried first in every scan that doesn't ask for a backend.")
+            if preferred and backends[preferred]:
+                print(f"It can't run here: {backends[preferred]}")
         return 0
     from ..models import VARIANTS
 
     if args.checkpoint and not args.model:
         raise ValueError("--checkpoint needs a MODEL, the architecture of its weights")
+    if args.model and Path(args.model).suffix in EXPORTED:
+        return _info_of_file(args)
     rows = [_describe(name, args) for name in ([args.model] if args.model else VARIANTS)]
     if args.json:
         print(json.dumps(rows[0] if args.model else rows))
@@ -119,6 +127,30 @@ def _info(args: argparse.Namespace) -> int:
             tags = [weights.partition(".")[2] for weights in row["weights"]]
             weights = ", ".join(tags[:3]) + (f" and {len(tags) - 3} more" if len(tags) > 3 else "") or "none"
             print(f"{row['model']:20}{row['params'] / 1e6:7.2f} M{row['total_macs'] / 1e9:13.1f} G  {weights}")
+    return 0
+
+
+def _info_of_file(args: argparse.Namespace) -> int:
+    """Of a file of `etmamba export`, what it says of itself."""
+    from ..checkpoints.read import variant_of
+    from ..runtime import load_exported
+
+    model = load_exported(args.model)
+    about = model.about
+    if args.json:
+        print(json.dumps(about))
+        return 0
+    height, width = about["size"]
+    takes = "RGB frames, uint8 [B, T, H, W, 3]" if about["input"] == "frames" else "normalised clips [B, C, T, H, W]"
+    for name, value in {
+        "model": f"{variant_of(about['architecture'])}, {about['dtype']}",
+        "takes": takes,
+        "clip C×T×H×W": f"{model.in_chans}×{model.num_frames}×{height}×{width}, frames {model.clip.spacing}",
+        "mean, std": f"{about['mean']}, {about['std']}",
+        "gives": f"logits [B, {model.num_classes}]",
+        "classes": ", ".join(about["labels"]),
+    }.items():
+        print(f"{name:18}{value}")
     return 0
 
 
@@ -245,11 +277,12 @@ def _export(args: argparse.Namespace) -> int:
     if args.calibrate and not videos:
         raise ValueError(f"--calibrate {args.calibrate}: no videos there")
     model = load_model(args.model, args.checkpoint, allow_untrained=args.allow_untrained)
+    print(f"{args.output}: exporting and checking, which takes some minutes", file=sys.stderr, flush=True)
     options = {"dtype": args.dtype, "from_frames": args.from_frames, "calibration": videos}
     differences = export_model(model, args.output, **options)
     print(f"written       {args.output} ({args.output.stat().st_size / 1e6:.1f} MB)")
     for name, difference in differences.items():
-        print(f"{name:14}differs by {difference:.1e} of the largest logit")
+        print(f"checked       on {CHECKED[name]}: logits differ from the model's by {difference:.1e} of the largest")
     if args.dtype not in BOUNDS:
         print(f"{args.dtype} has no limit: `etmamba eval --model {args.output}` tells its accuracy on your videos")
     return 0

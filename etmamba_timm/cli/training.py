@@ -127,7 +127,7 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, float], tuple[int, int]]:
     train_set, val_set, lists = _datasets(args, settings)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     recipe = settle(settings, train_set, processes)
-    plan = make_plan(recipe, train_set, val_set, processes)
+    plan = make_plan(recipe, train_set, val_set, processes, linear_probe=args.probe == "linear")
     if is_first_process():
         for name, text in [("data", f"{args.data} ({recipe.dataset})"), *plan.facts]:
             print(f"{name:8} {text}", flush=True)

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from mimetypes import guess_type
 from operator import index as as_index
 from pathlib import Path
 
@@ -45,7 +46,7 @@ class FrameFolder:
         if not self._names:
             raise VideoError(
                 f"{self.path}: is a folder without pictures; name a video file, or a folder of frames "
-                f"(of videos, all: {self.path.name}/*.mp4; pictures: {', '.join(PICTURES[:3])}, ...)"
+                f"(of videos, all: {_pattern(self.path)}; pictures: {', '.join(PICTURES[:3])}, ...)"
             )
         self._size: tuple[int, int] | None = None
         height, width = self._size = self._picture(0).shape[:2]
@@ -105,6 +106,15 @@ def is_there(path: str | Path) -> bool:
 def is_picture(name: str) -> bool:
     """Whether a file's name is that of a picture."""
     return name.lower().endswith(PICTURES) and not name.startswith(".")
+
+
+def _pattern(folder: Path) -> str:
+    """A pattern for the shell that names the videos in a folder or in the folders there."""
+    for depth in ("*", "*/*"):
+        found = (path.suffix for path in folder.glob(depth) if (guess_type(path.name)[0] or "").startswith("video"))
+        if suffix := next(found, None):
+            return f"{folder}/{depth}{suffix}"
+    return f"{folder}/*.mp4"
 
 
 def _pictures(folder: str | Path) -> Iterator[str]:

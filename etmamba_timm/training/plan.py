@@ -1,6 +1,7 @@
 """Before a run: settles what a recipe leaves open, and says what the run will do and what can't work."""
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -20,11 +21,16 @@ from .recipe import AUTO, EPOCH_UPDATES, Recipe, RecipeError
 
 MOST_CLIPS = 16  # of an update, where the batch size is open
 IMAGE_FRAMES = 16  # of a clip, where the weights come from images (paper 4.2)
+PRECISION_WORDS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SIDES = re.compile(r"left|right|clockwise", re.IGNORECASE)  # in the name of a class that isn't its own mirror image
 LEAST_RATE = 1e-5  # below, an optimiser such as AdamW hardly moves the weights
 LEAST_UPDATES = 100  # of a run
 LEAST_VAL = 10  # videos for validation
 SHOWN_CLASSES = 8
+NO_VALIDATION = (
+    "there is no video for validation: add a second one to a class, or give some of their own (DATA/val/<class>/, or "
+    "val.csv beside train.csv)"
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,8 @@ def settle(settings: Mapping, train_set: Annotations, processes: int = 1) -> Rec
 
     `num_frames`, `stride` and `size` are those of the model's weights (or of its tag, from scratch), `batch_size` is 16
     in all processes together, or fewer for fewer videos, `precision` is bf16 where the hardware has it, `flip` is 0.5
-    unless a class's name speaks of a side, and `epoch_updates`, the fewest updates of an epoch, decides `repeat`.
+    unless a class's name speaks of a side, `warmup_epochs` is 1, or a tenth of fewer than 10 epochs, and
+    `epoch_updates`, the fewest updates of an epoch, decides `repeat`.
 
     Args:
         settings: what `read_settings` gives.
@@ -73,6 +80,8 @@ def settle(settings: Mapping, train_set: Annotations, processes: int = 1) -> Rec
         settings |= {name: value for name, value in clip.items() if settings.get(name) == AUTO}
     if settings.get("batch_size") == AUTO:
         settings["batch_size"] = 1 << (max(1, min(MOST_CLIPS, videos) // processes).bit_length() - 1)
+    if settings.get("warmup_epochs") == AUTO:
+        settings["warmup_epochs"] = min(1.0, int(settings.get("epochs", usual["epochs"])) / 10)
     if settings.get("flip") == AUTO:
         settings["flip"] = 0.0 if any(map(SIDES.search, train_set.classes)) else 0.5
     if settings.get("precision") == AUTO:
@@ -88,8 +97,16 @@ def settle(settings: Mapping, train_set: Annotations, processes: int = 1) -> Rec
     return replace(recipe, repeat=math.ceil(updates * recipe.batch_size * processes / videos))
 
 
-def make_plan(recipe: Recipe, train_set: Annotations, val_set: Annotations, processes: int = 1) -> Plan:
-    """What a run of `train` with these arguments will do. Nothing is decoded, and no model is run."""
+def make_plan(
+    recipe: Recipe, train_set: Annotations, val_set: Annotations, processes: int = 1, linear_probe: bool = False
+) -> Plan:
+    """What a run of `train` or `linear_probe` with these arguments will do. Nothing is decoded, and no model is run.
+
+    Raises:
+        RecipeError: there is no video for validation, or the model can't be made.
+    """
+    if not val_set.samples:
+        raise RecipeError(NO_VALIDATION)
     warnings: list[str] = []
     epoch_updates = len(train_set.samples) * recipe.repeat // (recipe.batch_size * processes)
     updates, warmup = recipe.epochs * epoch_updates, round(recipe.warmup_epochs * epoch_updates)
@@ -118,27 +135,32 @@ def make_plan(recipe: Recipe, train_set: Annotations, val_set: Annotations, proc
             f"{theirs}: {factor:.3g} times the cost, and weights that have to adapt. Set num_frames={own.num_frames} "
             f"size={_size_text(own.img_size)} unless you mean it"
         )
-    if rate < LEAST_RATE:
+    if rate < LEAST_RATE and not linear_probe:
         scaled = f" ({recipe.lr:g} for 256 clips, scaled to {recipe.batch_size * processes})" if recipe.scale_lr else ""
         remedy = "lr, or set scale_lr=false" if recipe.scale_lr else "lr"
         warnings.append(f"the learning rate is {rate:.2g}{scaled}, at which little is learnt; raise {remedy}")
-    if updates < max(2 * warmup, LEAST_UPDATES):
+    if updates < max(2 * warmup, LEAST_UPDATES) and not linear_probe:
         warnings.append(
             f"only {number_of(updates, 'update')}, {warmup} of them warm-up: too few to learn much. Raise "
             "epochs or repeat" + (", or lower warmup_epochs" if warmup > updates / 2 else "")
         )
-    names = ", ".join(train_set.classes[:SHOWN_CLASSES]) + ", ..." * (len(train_set.classes) > SHOWN_CLASSES)
-    facts = [
-        ("videos", _videos(train_set, val_set, recipe.dataset in SOURCES, warnings)),
-        *([("classes", names)] if names else []),
-        ("model", f"{recipe.model}, {params}, weights: {weights}"),
-        ("clip", f"{clip}: {cost.total_macs / 1e9:.3g} G multiply-adds"),
+    run = [
         (
             "updates",
             f"{updates} of {number_of(recipe.batch_size * processes, 'clip')}: {number_of(recipe.epochs, 'epoch')}"
             + (f" of {recipe.repeat} clips of each video" if recipe.repeat > 1 else ""),
         ),
         ("rate", f"{rate:.3g} with {recipe.opt}, after {number_of(warmup, 'update')} of warm-up"),
+    ]
+    names = ", ".join(train_set.classes[:SHOWN_CLASSES]) + ", ..." * (len(train_set.classes) > SHOWN_CLASSES)
+    facts = [
+        ("videos", _videos(train_set, val_set, recipe.dataset in SOURCES, warnings)),
+        *([("classes", names)] if names else []),
+        ("model", f"{recipe.model}, {params}, weights: {weights}"),
+        ("clip", f"{clip}: {cost.total_macs / 1e9:.3g} G multiply-adds"),
+        ("device", f"{_device()}, {PRECISION_WORDS[recipe.precision]}"),
+        *([("probe", "logistic regression on the videos' features, which are computed once")] if linear_probe else []),
+        *(run if not linear_probe else []),
         *([("loss", "binary cross entropy of each class; measured by mAP")] if train_set.is_multilabel else []),
         *([("teacher", recipe.teacher)] if recipe.teacher else []),
     ]
@@ -217,6 +239,14 @@ def _on_meta(name: str, model_args: Mapping, checkpoint: str = "", **kwargs) -> 
     if not isinstance(model, EtMamba):
         raise RecipeError(f"model {name!r} isn't a model of this package; `etmamba info` lists them")
     return model
+
+
+def _device() -> str:
+    """What accelerate will run on, in words."""
+    name = os.environ.get("ACCELERATE_TORCH_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
+    if parse_flag_from_env("ACCELERATE_USE_CPU"):
+        name = "cpu"
+    return torch.cuda.get_device_name(name) if name.startswith("cuda") else name
 
 
 def _has_bf16() -> bool:

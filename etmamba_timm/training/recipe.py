@@ -168,7 +168,8 @@ class Recipe:
             raise RecipeError("label_smoothing is 1, which makes all classes equal; it must be below 1")
         if self.warmup_epochs >= self.epochs:
             raise RecipeError(
-                f"warmup_epochs is {self.warmup_epochs:g} and epochs {self.epochs}; warmup_epochs must be smaller"
+                f"warmup_epochs is {self.warmup_epochs:g} and epochs {self.epochs}; warmup_epochs must be smaller, "
+                f"such as {self.epochs / 10:g}"
             )
         if self.batch_size % self.accumulate:
             raise RecipeError(

@@ -44,6 +44,7 @@ from .evaluate import METRICS, MULTILABEL_METRICS, Scores, evaluate
 from .graph import replay_steps
 from .loading import batches, datasets
 from .optimizer import average, head_of, new_optimizer, new_scheduler, step_if
+from .plan import NO_VALIDATION
 from .progress import Pace, Progress, Timer
 from .recipe import Recipe
 from .run_folder import BEST_WEIGHTS, LAST_WEIGHTS, MODEL, SCORES, TENSORBOARD, TRAIN_LOG, VAL_LOG, Log, RunFolder
@@ -471,6 +472,8 @@ def _check(recipe: Recipe, train_set: Annotations, val_set: Annotations, acceler
         raise TrainingError(
             f"warmup_epochs {recipe.warmup_epochs:g} leaves no update after it, with epochs={recipe.epochs}; lower it"
         )
+    if not val_set.samples:
+        raise TrainingError(NO_VALIDATION)
     if not train_set.classes and not recipe.teacher:
         raise TrainingError("the training videos have no labels; set teacher, whose labels are then learnt")
     if train_set.classes and val_set.classes != train_set.classes:

@@ -1,6 +1,7 @@
 """The `etmamba` command on real files: output, exit status, and bad files among good ones."""
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -104,12 +106,17 @@ def test_the_output_is_checked_before_anything_is_read(command, message, tmp_pat
 
 
 def test_predict_alone_names_the_sample(capsys):
-    """Its file name says what it shows."""
-    assert main(["predict", "--topk", "1"]) == 0
+    """Its file name says what it shows; the documentation shows what is printed."""
+    assert main(["predict"]) == 0
     out, err = capsys.readouterr()
-    file, best = out.splitlines()
-    assert best.split("%  ")[1] == Path(file).stem.removeprefix("sample_")
+    file, *best = out.splitlines()
+    assert best[0].split("%  ")[1] == Path(file).stem.removeprefix("sample_")
     assert err == ""
+    page = (Path(__file__).parents[2] / "docs" / "install.md").read_text(encoding="utf-8")
+    shown = page.partition(f"{Path(file).name}\n")[2].splitlines()[: len(best)]
+    for line, wanted in zip(best, shown, strict=True):
+        assert float(line.split("%")[0]) == pytest.approx(float(wanted.split("%")[0]), abs=0.1)
+    assert shown[0] == best[0]
 
 
 def test_predict_without_a_model_takes_the_shipped_one_and_says_so(folder, monkeypatch, capsys):
@@ -243,7 +250,7 @@ def test_features_of_nothing_write_nothing(trained, folder):
         (["info", "etmamba_x"], "unknown model 'etmamba_x' (did you mean etmamba_s?); choose one of videomamba_ti,"),
         (["info", "videomamba_ti.k"], "videomamba_ti has no tag 'k'; choose one of k400_f8, in1k,"),
         (["info", "etmamba_ti_ebs.k"], "etmamba_ti_ebs has no tag 'k'; it has none"),
-        (["info", "local-dir:nowhere"], "nowhere contains no config.json"),
+        (["info", "local-dir:nowhere"], "there is no folder nowhere; name one that `etmamba train` or `convert` made"),
         (["info", "--checkpoint", "weights.safetensors"], "--checkpoint needs a MODEL"),
         (["info", "etmamba_ti", "--checkpoint", "weights.safetensors"], "looks like videomamba_ti"),
         (["info", "etmamba_ti", "--img-size", "100"], "must be a multiple of 16"),
@@ -331,9 +338,16 @@ def test_info_on_backends(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "reference" in out
     assert "Set ETMAMBA_SCAN to a name to have it tried first" in out
-    monkeypatch.setenv("ETMAMBA_SCAN", "torch")
+    selective_scan = importlib.import_module("etmamba_timm.ops.scan.selective_scan")  # not the function
+    monkeypatch.setattr(selective_scan, "PREFERRED", "gpu")
+    monkeypatch.setitem(selective_scan.BACKENDS, "gpu", SimpleNamespace(why_not=lambda: "there is no card"))
     assert main(["info", "--backends"]) == 0
-    assert "ETMAMBA_SCAN=torch is tried first" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "ETMAMBA_SCAN=gpu is tried first" in out
+    assert out.endswith("It can't run here: there is no card\n")
+    monkeypatch.setattr(selective_scan, "PREFERRED", "cuda")
+    assert main(["info", "--backends"]) == 2
+    assert "the environment variable ETMAMBA_SCAN is 'cuda'; set it to" in capsys.readouterr().err
 
 
 def test_as_a_command_into_a_closed_pipe(trained):

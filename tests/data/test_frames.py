@@ -95,3 +95,14 @@ def test_the_same_as_of_the_video(tmp_path, capsys):
     told = capsys.readouterr()
     assert told.out.startswith(f"{folder}\n")
     assert f"{tmp_path}: is a folder without pictures" in told.err
+    assert f"(of videos, all: {tmp_path}/*.mkv; pictures" in told.err
+
+
+def test_videos_in_folders_of_classes_are_pointed_to(tmp_path):
+    (tmp_path / "clips" / "run").mkdir(parents=True)
+    (tmp_path / "clips" / "notes.txt").touch()
+    with pytest.raises(VideoError, match=r"clips/\*\.mp4; pictures"):
+        FrameFolder(tmp_path / "clips")
+    (tmp_path / "clips" / "run" / "a.avi").touch()
+    with pytest.raises(VideoError, match=r"clips/\*/\*\.avi; pictures"):
+        FrameFolder(tmp_path / "clips")

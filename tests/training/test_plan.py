@@ -106,6 +106,36 @@ def test_the_clip_is_that_of_the_weights():
     assert finetuned(train, num_frames=4, stride=3).clip.to_config() == {"num_frames": 4, "stride": 3}
 
 
+def test_few_epochs_have_a_short_warm_up():
+    train = videos(9, 9)
+    found = {epochs: finetuned(train, epochs=epochs).warmup_epochs for epochs in (1, 4, 10, 40)}
+    assert found == {1: 0.1, 4: 0.4, 10: 1, 40: 1}
+    assert finetuned(train, warmup_epochs=2).warmup_epochs == 2
+
+
+def test_no_video_for_validation_is_an_error():
+    train, nothing = videos(1, 1), videos(0, 0)
+    with pytest.raises(RecipeError, match="no video for validation: add a second one to a class, or give some"):
+        make_plan(finetuned(train), train, nothing)
+
+
+def test_a_linear_probe_has_no_updates():
+    facts = dict(make_plan(finetuned(GOOD[0]), *GOOD, linear_probe=True).facts)
+    assert facts["probe"] == "logistic regression on the videos' features, which are computed once"
+    assert not facts.keys() & {"updates", "rate"}
+    assert make_plan(finetuned(GOOD[0], epochs=1, epoch_updates=1), *GOOD, linear_probe=True).warnings == []
+
+
+def test_the_device_is_told(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert dict(make_plan(finetuned(GOOD[0], precision="no"), *GOOD).facts)["device"] == "cpu, float32"
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cuda:0")
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda name: f"a card at {name}")
+    facts = dict(make_plan(finetuned(GOOD[0], precision="bf16"), *GOOD).facts)
+    assert facts["device"] == "a card at cuda:0, bfloat16"
+
+
 def test_classes_of_a_side_are_not_flipped():
     assert finetuned(videos(9, 9)).flip == 0.5
     for name in ("turn left", "Clockwise"):
@@ -119,9 +149,8 @@ def test_what_stays_open_is_an_error():
         finetuned(videos(9), lr="auto")
     with pytest.raises(RecipeError, match="epoch_updates is 'x'; it must be a whole number, 0 or more"):
         finetuned(videos(9), epoch_updates="x")
-    with pytest.raises(
-        RecipeError, match="finetune leaves num_frames, stride, size, epoch_updates, batch_size, flip, precision to the"
-    ):
+    left = "num_frames, stride, size, epoch_updates, warmup_epochs, batch_size, flip, precision"
+    with pytest.raises(RecipeError, match=f"finetune leaves {left} to the"):
         load_recipe("finetune")
     with pytest.raises(RecipeError, match="no videos for training"):
         finetuned(videos())
@@ -160,7 +189,11 @@ GOOD = videos(20, 20), videos(9, 9)
             "clips are 16 frames of 224×224, and the weights are for 8 frames of 64×64: 24.3 times the cost, and "
             "weights that have to adapt. Set num_frames=8 size=64 unless you mean it",
         ),
-        (*GOOD, {"epochs": 2}, "updates, 20 of them warm-up: too few to learn much. Raise epochs or repeat"),
+        (
+            *GOOD,
+            {"epochs": 2, "warmup_epochs": 1},
+            "updates, 20 of them warm-up: too few to learn much. Raise epochs or repeat",
+        ),
         (*GOOD, {"warmup_epochs": 8}, "Raise epochs or repeat, or lower warmup_epochs"),
         (GOOD[0], videos(3, 2), {}, "only 5 videos for validation: each is 20 points of accuracy"),
         (videos(20, 1), GOOD[1], {}, "fewer than two videos for training in 1 class, first class 1: add some"),

@@ -118,11 +118,17 @@ def bidirectional_scan(
     return out[:batch] + out[batch:]
 
 
-def _in_order() -> dict[str, Backend]:
-    """The table in the order in which 'auto' tries its rows."""
+def preferred_backend() -> str:
+    """The backend that ETMAMBA_SCAN names, '' for none; ValueError if there is none of this name."""
     if PREFERRED and PREFERRED not in BACKENDS:
         raise ValueError(f"the environment variable ETMAMBA_SCAN is {PREFERRED!r}; set it to {' or '.join(BACKENDS)}")
-    return {PREFERRED: BACKENDS[PREFERRED], **BACKENDS} if PREFERRED else BACKENDS
+    return PREFERRED
+
+
+def _in_order() -> dict[str, Backend]:
+    """The table in the order in which 'auto' tries its rows."""
+    first = preferred_backend()
+    return {first: BACKENDS[first], **BACKENDS} if first else BACKENDS
 
 
 @torch.compiler.assume_constant_result  # asked once, at trace time: probing the machine can't be compiled

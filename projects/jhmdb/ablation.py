@@ -8,13 +8,10 @@ frame alone, and with shuffled frames.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 
 from benchmarks.common import write
 from etmamba_timm.training.evaluate import Scores
@@ -23,9 +20,9 @@ from .. import ablation
 from ..order import CHANGES, scores_with
 from ..runs import Run, train_all
 from .clips import kinds_of_test, read_clips
-from .report import share_right
+from .report import RESULTS, keep, kept, share_right
 
-KEPT = Path(__file__).parents[2] / "benchmarks" / "results" / "jhmdb_ablation.safetensors"
+KEPT = RESULTS / "jhmdb_ablation.safetensors"
 ABLATION = ablation.Ablation(Path(__file__).with_name("short.yaml"), sorted({clip.label for clip in read_clips()}))
 COLUMNS = {
     "test": "test top-1",
@@ -43,22 +40,6 @@ def scores_of(run: Run) -> dict[str, Scores]:
     return {"real": run.test()} | changed
 
 
-def keep(scores: Mapping[str, Scores], file: Path = KEPT) -> None:
-    """Writes the scores of several evaluations of the same clips, in half precision."""
-    first = next(iter(scores.values()))
-    tensors = {name: found.probabilities.half() for name, found in scores.items()}
-    tensors |= {"labels": first.labels, "indices": first.indices}
-    file.write_bytes(save(tensors, {"classes": json.dumps(first.classes)}))
-
-
-def kept(file: Path = KEPT) -> dict[str, Scores]:
-    """Reads what `keep` wrote."""
-    with safe_open(file, "pt") as opened:
-        found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        labels, indices, classes = found.pop("labels"), found.pop("indices"), json.loads(opened.metadata()["classes"])
-    return {name: Scores(values.float(), labels, indices, 0, 0, classes) for name, values in found.items()}
-
-
 def accuracies(scores: Mapping[str, Scores], run: str) -> dict[str, float]:
     """The columns of the table, from the kept scores of a run such as 'a-0'."""
     kinds, real = kinds_of_test(), scores[f"{run}-real"]
@@ -73,8 +54,8 @@ def main() -> None:
     train_all(list(runs.values()), args.jobs)
     torch.set_num_threads(1)
     found = {run.folder.name: scores_of(run) for run in runs.values()}
-    keep({f"{name}-{change}": scores for name, of_run in found.items() for change, scores in of_run.items()})
-    times, scores = ABLATION.step_times(args.timings), kept()
+    keep({f"{name}-{change}": scores for name, of_run in found.items() for change, scores in of_run.items()}, KEPT)
+    times, scores = ABLATION.step_times(args.timings), kept(KEPT)
     results = [
         ABLATION.measure(row, seed, run, times[row]) | accuracies(scores, run.folder.name)
         for (row, seed), run in runs.items()

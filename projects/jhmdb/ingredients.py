@@ -16,6 +16,8 @@ from ..ablation import spread
 from ..runs import Run, train_all
 
 RECIPE = Path(__file__).with_name("quick.yaml")
+MOTION = {"model_args": "{global_pool: avg, motion: true}"}
+MIXED = {"still": 0.5, "cutmix": 1.0, "mixup": 0.4, "epochs": 60}
 INGREDIENTS = {
     "plain": {},
     "from scratch": {"model": "etmamba_ti", "pretrained": False},
@@ -28,6 +30,10 @@ INGREDIENTS = {
     "drop path": {"drop_path": 0.2},
     "16 frames": {"num_frames": 16},
     "96 pixels": {"size": 96},
+    "motion": MOTION,
+    "mixed, for longer": MIXED,
+    "motion, mixed, for longer": MOTION | MIXED,
+    "motion, mixed, for longer, from scratch": MOTION | MIXED | {"model": "etmamba_ti", "pretrained": False},
 }
 PRETRAINED = "masked pretraining"
 

@@ -4,17 +4,21 @@ python -m projects.jhmdb.report fine-tuned=RUN/test.safetensors scratch=A/test.s
 
 Top-1 over videos and over classes: on all test clips, on those whose source is in no training clip (strict), and on
 those whose source is in training under another class. A row of one file has the binomial standard error; a row of
-several files, such as those of several seeds, their mean, minimum and maximum.
+several files, such as those of several seeds, their mean, minimum and maximum. `--keep FILE` also writes the scores of
+each row (of its first file) to a file, in half precision.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from etmamba_timm.training.evaluate import Scores
@@ -22,6 +26,7 @@ from etmamba_timm.training.evaluate import Scores
 from ..ablation import spread
 from .clips import kinds_of_test
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 COLUMNS = {
     ("test", "videos"): "test ({}), over videos",
     ("test", "classes"): "over classes",
@@ -75,11 +80,32 @@ def table(rows: Mapping[str, Sequence[Scores]], kinds: Mapping[str, Sequence[boo
     return "\n".join(lines)
 
 
+def keep(scores: Mapping[str, Scores], file: Path) -> None:
+    """Writes the scores of several evaluations of the same clips, in half precision."""
+    first = next(iter(scores.values()))
+    tensors = {name: found.probabilities.half() for name, found in scores.items()}
+    tensors |= {"labels": first.labels, "indices": first.indices}
+    file.write_bytes(save(tensors, {"classes": json.dumps(first.classes)}))
+
+
+def kept(file: Path) -> dict[str, Scores]:
+    """Reads what `keep` wrote."""
+    with safe_open(file, "pt") as opened:
+        found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        labels, indices, classes = found.pop("labels"), found.pop("indices"), json.loads(opened.metadata()["classes"])
+    return {name: Scores(values.float(), labels, indices, 0, 0, classes) for name, values in found.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows", nargs="+", metavar="NAME=FILE[,FILE...]", help="scores of `etmamba eval --subset test`")
-    rows = dict(row.partition("=")[::2] for row in parser.parse_args().rows)
-    print(table({name: [Scores.load(Path(file)) for file in files.split(",")] for name, files in rows.items()}))
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="write the scores to a file")
+    args = parser.parse_args()
+    rows = dict(row.partition("=")[::2] for row in args.rows)
+    scores = {name: [Scores.load(Path(file)) for file in files.split(",")] for name, files in rows.items()}
+    print(table(scores))
+    if args.keep:
+        keep({name: several[0] for name, several in scores.items()}, args.keep)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from etmamba_timm.training.train import build_model
 from .. import order
 from ..ablation import ROWS, table
 from ..order import Changed, scores_with
+from ..runs import read_log
 from . import ablation, ingredients, prepare, pretrain, report
 from .clips import ENDING, kinds_of_test, read_clips
 
@@ -129,8 +130,8 @@ def test_the_ablations_table_is_recounted_from_kept_scores(tmp_path):
     counts = {"real": 100, "one_frame": 40, "shuffled": 60}
     runs = [(row, seed) for row in ROWS for seed in range(2)]
     every = {f"{r}-{s}-{change}": right_on(n + s) for r, s in runs for change, n in counts.items()}
-    ablation.keep(every, tmp_path / "kept.safetensors")
-    found = ablation.kept(tmp_path / "kept.safetensors")
+    report.keep(every, tmp_path / "kept.safetensors")
+    found = report.kept(tmp_path / "kept.safetensors")
     assert found.keys() == every.keys()
     first = ablation.accuracies(found, "a-0")
     assert first["test"] == pytest.approx(100 / 257)
@@ -215,6 +216,28 @@ def test_prepared_clips_have_the_same_frames_and_a_short_side(data, tmp_path):
 def masked():
     recipe = load_recipe(pretrain.RECIPE, num_frames=3, size=32, model_args={"depth": 1, "embed_dim": 32})
     return pretrain.Masked(build_model(recipe, []), "pixels")
+
+
+def test_the_page_has_what_the_scores_say():
+    root = Path(__file__).parents[2]
+    page, weights, readme = ((root / name).read_text() for name in ("docs/jhmdb.md", "docs/weights.md", "README.md"))
+    kinds = kinds_of_test()
+    for name, row in (
+        ("motion", "motion, mixed clips"),
+        ("one frame", "the same model, middle frame alone"),
+        ("shuffled", "the same model, frames shuffled"),
+    ):
+        scores = report.kept(report.RESULTS / "jhmdb_test.safetensors")[name]
+        (test, error), (classes, _) = report.share_right(scores, kinds["test"]).values()
+        strict, strict_error = report.share_right(scores, kinds["strict"])["videos"]
+        first = f"**{test:.1%}**" if name == "motion" else f"{test:.1%}"
+        cells = f"{first} ± {100 * error:.1f} | {classes:.1%} | {strict:.1%} ± {100 * strict_error:.1f}"
+        assert f"| {row} | {cells} |" in page
+        if name == "motion":
+            assert f"(jhmdb.md) of J-HMDB, 21 actions | not in the package | {test:.1%} |" in weights
+            assert f"[{test:.1%} of 21 actions](docs/jhmdb.md)" in readme
+    best = max(read_log(report.RESULTS / "jhmdb_val.csv"), key=lambda row: row["top1"])
+    assert f"{best['top1']:.1%} on the {best['epoch'] + 1:.0f}th" in page
 
 
 def test_patches_are_cut_where_the_model_cuts_them(masked):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from .options import DTYPES, positive, stride
 
-EXPORTED = (".onnx", ".xml", ".pt2")  # suffixes of `etmamba export`
 CHECKED = {"random": "random clips", "video": "the sample video"}  # by the names of `export_model`'s result
 
 
@@ -111,10 +110,11 @@ def _info(args: argparse.Namespace) -> int:
                 print(f"It can't run here: {backends[preferred]}")
         return 0
     from ..models import VARIANTS
+    from ..runtime import RUNTIMES
 
     if args.checkpoint and not args.model:
         raise ValueError("--checkpoint needs a MODEL, the architecture of its weights")
-    if args.model and Path(args.model).suffix in EXPORTED:
+    if args.model and Path(args.model).suffix in RUNTIMES:
         return _info_of_file(args)
     rows = [_describe(name, args) for name in ([args.model] if args.model else VARIANTS)]
     if args.json:

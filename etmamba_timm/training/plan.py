@@ -243,7 +243,8 @@ def _on_meta(name: str, model_args: Mapping, checkpoint: str = "", **kwargs) -> 
 
 def _device() -> str:
     """What accelerate will run on, in words."""
-    name = os.environ.get("ACCELERATE_TORCH_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
+    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = os.environ.get("ACCELERATE_TORCH_DEVICE", found)
     if parse_flag_from_env("ACCELERATE_USE_CPU"):
         name = "cpu"
     return torch.cuda.get_device_name(name) if name.startswith("cuda") else name

@@ -20,6 +20,7 @@ RUN_FILE, RECIPE_FILE = "run.json", "recipe.yaml"
 TRAIN_LOG, VAL_LOG = "train.csv", "val.csv"
 LAST_WEIGHTS, BEST_WEIGHTS = "last.safetensors", "best.safetensors"
 SPLIT = "split"
+LONGER = {"epochs", "warmup_epochs"}  # settings that may differ where a run goes on for more epochs
 VIDEOS = {"classes", "videos", "val_videos"}  # what run.json says of them
 MODEL, SCORES, TENSORBOARD = "model", "scores.safetensors", "tensorboard"
 
@@ -71,7 +72,7 @@ class RunFolder:
             )
             if not differing:
                 return
-            if started and differing == ["epochs"] and run["epochs"] > known["epochs"]:
+            if started and set(differing) <= LONGER and run["epochs"] > known["epochs"]:
                 epochs = number_of(run["epochs"], "epoch")
                 _logger.info("%s goes on, for %s instead of %d", self.path, epochs, known["epochs"])
                 (self / SCORES).unlink(missing_ok=True)

@@ -484,12 +484,10 @@ def _check(recipe: Recipe, train_set: Annotations, val_set: Annotations, acceler
 
 def _identity(recipe: Recipe, train_set: Annotations, val_set: Annotations, accelerator: Accelerator) -> dict:
     """Everything that must be the same to resume a run."""
-    several = {"multilabel": True} if train_set.is_multilabel else {}  # runs of earlier versions don't say
-    settings = asdict(recipe)
+    # Runs of earlier versions don't say whether they are multi-label.
+    settings = asdict(recipe) | ({"multilabel": True} if train_set.is_multilabel else {})
     del settings["cuda_graphs"]  # the weights are the same up to rounding
-    return {
-        **settings,
-        **several,
+    return settings | {
         "processes": accelerator.num_processes,
         "classes": train_set.classes,
         "videos": len(train_set.samples),

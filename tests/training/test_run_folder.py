@@ -44,6 +44,15 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_more_epochs_may_bring_a_longer_warm_up(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.open(RUN | {"epochs": 3, "warmup_epochs": 0.3}, "recipe")
+    (tmp_path / "run" / "state-1").mkdir()
+    with pytest.raises(RunError, match="warmup_epochs: 0.3 there, 1 now"):
+        folder.open(RUN | {"epochs": 3, "warmup_epochs": 1}, "other")
+    folder.open(RUN | {"epochs": 20, "warmup_epochs": 1}, "more")
+
+
 def test_more_epochs_go_on_and_fewer_do_not(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.open(RUN | {"epochs": 3}, "recipe")
